@@ -12,27 +12,30 @@ from torch import Tensor, nn
 from lightning_polydis._checks import InputError
 from lightning_polydis.batches import check_module_name, collector_for, is_finite, targets_of
 from lightning_polydis.collection import LayerRecord, RelevanceCollector
-from lightning_polydis.detection import LayerDetection, detect
 from lightning_polydis.discovery import LayerDiscovery
 from lightning_polydis.layers import (
     LinearLayer,
     channel_count,
     find_layer,
-    flat_weight,
     inputs_per_channel,
     plain_copy,
+    source_relevances,
+    sum_over_positions,
     window_sums,
 )
 from lightning_polydis.planning import LayerEvidence
 from lightning_polydis.report import LayerSummary, PolysemanticityReport
-from lightning_polydis.statistics import CalibrationSamples, ChannelStatistics, Samples, relevant_channels
+from lightning_polydis.settings import MEBIBYTE
+from lightning_polydis.statistics import CalibrationSamples, ChannelStatistics, relevant_channels
+from lightning_polydis.vectors import RelevanceVectors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from lightning_polydis.detection import LayerDetection
     from lightning_polydis.settings import AnalysisSettings
-
-MEBIBYTE = 2**20
+    from lightning_polydis.statistics import Samples
+    from lightning_polydis.vectors import ClassVectors
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,12 @@ class Observation:
     """What is kept of a layer's input in one batch.
 
     Attributes:
-        sums: `layers.window_sums`, ``[B, I, k]``.
-        inputs: The rows that become calibration samples, ``[n, ...]``; all while that is not known.
-        rows: Which rows these are; `None`: not known yet.
+        sums: `layers.window_sums`, ``[B, I, k]``, or `None` where they are not used.
+        inputs: The rows that are still needed, ``[n, ...]``.
+        rows: Which rows these are; `None`: all.
     """
 
-    sums: Tensor
+    sums: Tensor | None
     inputs: Tensor
     rows: list[int] | None
 
@@ -71,6 +74,7 @@ class ChannelAnalysis:
         self._observer: RelevanceCollector | LayerDiscovery
         self._layers: dict[str, LinearLayer] = {}
         self._statistics: dict[str, ChannelStatistics] = {}
+        self._vectors: dict[str, RelevanceVectors] = {}
         self._samples: dict[str, CalibrationSamples] = {}
         self._notes: list[str] = []
         self._targets = torch.empty(0)
@@ -84,6 +88,8 @@ class ChannelAnalysis:
         return collector_for(self._model, self._layers, self._settings, self._observe)
 
     def _observe(self, name: str, inputs: Tensor) -> Observation:
+        if self._settings.method == "optimized":  # relevance vectors will need the inputs once there are gradients
+            return Observation(None, inputs.clone(), None)
         sums = window_sums(self._layers[name], inputs)
         samples = self._samples.get(name)
         if not self._statistics:  # the first batch: how many samples there is room for is not known yet
@@ -136,18 +142,32 @@ class ChannelAnalysis:
     def release(self) -> None:
         """Take every hook off and let the data go; metrics refer to themselves, so nothing else frees them soon."""
         self.close()
-        for metric in (*self._statistics.values(), *self._samples.values()):
+        for metric in (*self._statistics.values(), *self._vectors.values(), *self._samples.values()):
             metric.reset()
 
     def _add(self, records: dict[str, LayerRecord], collector: RelevanceCollector) -> None:
         if not self._statistics:
             self._prepare(records, collector)
-        finite = all(is_finite(record.relevance) and is_finite(record.seen.sums) for record in records.values())
+        finite = all(_is_usable(record) for record in records.values())
         for name, record in records.items():
-            targets, relevance = self._targets.to(record.relevance.device), record.relevance
-            self._statistics[name].update(relevance, record.seen.sums, targets, leave_out=not finite)
+            targets = self._targets.to(record.relevance.device)
+            self._count(name, record, targets, finite)
+            if name in self._vectors and finite:
+                self._follow(name, record, targets)
             if name in self._samples:
-                self._keep(self._samples[name], record.seen, targets, relevance, finite)
+                self._keep(self._samples[name], record.seen, targets, record.relevance, finite)
+
+    def _count(self, name: str, record: LayerRecord, targets: Tensor, finite: bool) -> None:
+        channels_last = isinstance(self._layers[name], nn.Linear)
+        gradients = sum_over_positions(record.gradient, channels_last=channels_last)
+        self._statistics[name].update(record.relevance, gradients, targets, record.seen.sums, leave_out=not finite)
+
+    def _follow(self, name: str, record: LayerRecord, targets: Tensor) -> None:
+        """Add up relevance vectors."""
+        vectors, lowest = self._vectors[name], min(self._settings.relevance_thresholds)
+        images, channels = vectors.wanted(relevant_channels(record.relevance, lowest), targets)
+        found = source_relevances(self._layers[name], record.seen.inputs, record.gradient, images, channels)
+        vectors.update(found, images, channels, targets)
 
     def _keep(
         self, samples: CalibrationSamples, seen: Observation, targets: Tensor, relevance: Tensor, finite: bool
@@ -175,13 +195,15 @@ class ChannelAnalysis:
             )
         per_class = self._affordable_samples(records, num_classes)
         for name, record in records.items():
-            statistics = ChannelStatistics(
-                num_classes,
-                record.relevance.shape[1],
-                (record.seen.sums.shape[1], record.seen.sums.shape[2]),
-                self._settings.relevance_threshold,
-            )
-            self._statistics[name] = statistics.to(record.relevance.device)
+            n_channels, device = record.relevance.shape[1], record.relevance.device
+            n_inputs = inputs_per_channel(self._layers[name])
+            optimized = self._settings.method == "optimized"
+            windows = None if optimized else (n_inputs, record.seen.sums.shape[2])
+            thresholds = self._settings.relevance_thresholds
+            self._statistics[name] = ChannelStatistics(num_classes, n_channels, thresholds, windows).to(device)
+            if optimized:
+                memory = self._settings.vector_bytes / len(records)
+                self._vectors[name] = RelevanceVectors(num_classes, n_channels, n_inputs, memory).to(device)
             if per_class != 0:
                 self._samples[name] = CalibrationSamples(per_class)
 
@@ -212,11 +234,9 @@ class ChannelAnalysis:
         """
         if not self._statistics:
             raise InputError("Expected at least one batch to analyse, but the data was empty.")
-        evidence, found = {}, []
-        for name, layer in self._layers.items():
-            evidence[name] = self._evidence(name, layer)
-            found.append(self._detected(evidence[name]))
+        evidence = {name: self._evidence(name, layer) for name, layer in self._layers.items()}
         self.release()
+        found = [layer.detect() for layer in evidence.values()]
         statistics = next(iter(evidence.values())).statistics
         return PolysemanticityReport(
             layers=[self._summary(detection) for detection in found],
@@ -226,23 +246,15 @@ class ChannelAnalysis:
             n_images=int(statistics.n_images.sum()),
             n_images_left_out=statistics.n_left_out,
             class_names=None if self._settings.class_names is None else list(self._settings.class_names),
-            notes=[*self._notes, *_remarks(statistics.n_images, statistics.n_left_out)],
+            notes=[*self._notes, *_remarks(statistics.n_images, statistics.n_left_out), *_losses(evidence)],
             _evidence=evidence,
         )
 
     def _evidence(self, name: str, layer: LinearLayer) -> LayerEvidence:
+        vectors: ClassVectors | None = self._vectors[name].compute() if name in self._vectors else None
         samples: Samples | None = self._samples[name].compute() if name in self._samples else None
-        hold_out = self._settings.calibration_samples is not None
-        return LayerEvidence(name, plain_copy(layer), self._statistics[name].compute(), samples, hold_out)
-
-    def _detected(self, evidence: LayerEvidence) -> LayerDetection:
-        return detect(
-            evidence.name,
-            evidence.statistics,
-            flat_weight(evidence.layer),
-            class_fraction=self._settings.class_fraction,
-            similarity_threshold=self._settings.threshold,
-        )
+        statistics = self._statistics[name].compute()
+        return LayerEvidence(name, plain_copy(layer), self._settings, statistics, vectors, samples)
 
     def _summary(self, detection: LayerDetection) -> LayerSummary:
         layer = self._layers[detection.layer]
@@ -259,6 +271,22 @@ def _remarks(n_images: Tensor, n_left_out: int) -> list[str]:
     elif empty:
         remarks.append(f"{empty} of {len(n_images)} classes had no images and were left out.")
     return remarks
+
+
+def _losses(evidence: Mapping[str, LayerEvidence]) -> list[str]:
+    closed = {name: layer.vectors.n_closed for name, layer in evidence.items() if layer.vectors is not None}
+    return [
+        f"{n_closed} (class, channel) entries of `{name}`, those that were relevant least often, did not fit into the "
+        "memory for relevance vectors, a quarter of `calibration_memory`."
+        for name, n_closed in closed.items()
+        if n_closed
+    ]
+
+
+def _is_usable(record: LayerRecord) -> bool:
+    """Whether there is no NaN and no infinity."""
+    sums = record.seen.inputs if record.seen.sums is None else record.seen.sums
+    return is_finite(record.relevance) and is_finite(sums)  # a gradient that is not finite shows in the relevance
 
 
 def _sample_bytes(record: LayerRecord) -> int:

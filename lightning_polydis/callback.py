@@ -51,11 +51,14 @@ class ChannelDisentanglement(Callback):
             to find it, the first batch passes through the network twice.
         relevance_threshold: Share of an image's positive relevance from which a channel is relevant, in (0, 1].
         class_fraction: Share of a class's images that a channel must be relevant for, in (0, 1].
-        similarity_threshold: Cosine similarity below which two classes count as different concepts, in (-1, 1].
-            `None`: 0.5.
-        method: ``"paper"``: the rules of the paper.
+        similarity_threshold: Cosine similarity below which two classes count as different concepts, in (-1, 1], or
+            ``"auto"``: calibrated for each layer and channel. `None`: 0.5 for ``"paper"``, ``"auto"`` for
+            ``"optimized"``.
+        method: ``"optimized"``: relevance vectors that go by each class's own logit, and soft membership of sources,
+            solved for. ``"paper"``: the rules of the paper.
         concepts: ``"classes"``: concepts are groups of classes.
-        leak_weight: Reserved for ``method="optimized"``.
+        leak_weight: How much a concept channel that answers to other concepts weighs against one that differs from
+            the original on its own images, above 0. For ``method="optimized"``.
         attribution: ``"gradient_x_input"``.
         split: Split the LightningModule, in place, when ``fit`` has ended. Its weights are then the final ones, not
             those of the best checkpoint.
@@ -68,7 +71,8 @@ class ChannelDisentanglement(Callback):
         calibration_samples: Images of each class whose layer input is kept, half to choose memberships, half to judge
             them; 0: no plan; `None`: all images, all used to choose.
         calibration_memory: MiB that these samples may take; lowers their number where it would not do, and says so.
-            While an epoch is analysed, those of the last report are there as well. Not for `None`.
+            While an epoch is analysed, those of the last report are there as well. Not for `None`. Relevance vectors
+            take at most a quarter as much again.
         logits_module: Name of the module whose output is the logits, where it is not the outermost one. What
             ``validation_step`` sees between layer and logits then requires gradients.
         target_fn: Batch -> class indices ``[B]``. `None`: ``batch[1]``, or ``batch["label"]``, ``"labels"``,
@@ -95,7 +99,7 @@ class ChannelDisentanglement(Callback):
         relevance_threshold: float = 0.03,
         class_fraction: float = 0.75,
         similarity_threshold: float | str | None = None,
-        method: str = "paper",
+        method: str = "optimized",
         concepts: str = "classes",
         leak_weight: float = 3.0,
         attribution: Any = "gradient_x_input",

@@ -41,10 +41,12 @@ class LayerRecord:
         seen: What ``observe`` made of the layer's input.
         relevance: Relevance of each channel for the image's own class, summed over positions, ``[B, C]``, ``float32``
             or wider, in units of the logit.
+        gradient: Gradient of that logit with respect to the layer's output, shaped as the output.
     """
 
     seen: Any
     relevance: Tensor
+    gradient: Tensor
 
 
 class RelevanceCollector:
@@ -320,7 +322,7 @@ class RelevanceCollector:
                         f"Expected the output of layer `{name}` to have the batch as its first dimension, of size "
                         f"{len(self._targets)}, but got {list(output.shape)}. Choose other `layers`."
                     )
-                records[name] = LayerRecord(seen, self._products(name, output, gradient))
+                records[name] = LayerRecord(seen, self._products(name, output, gradient), gradient)
         return records
 
     def _products(self, name: str, output: Tensor, gradient: Tensor) -> Tensor:

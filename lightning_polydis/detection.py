@@ -10,9 +10,11 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from torch import Tensor
 
-    from lightning_polydis.statistics import ClassStatistics
+    from lightning_polydis.similarity import Similarities
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class PolysemanticPair:
         class_a: The smaller class index.
         class_b: The larger class index.
         cosine_similarity: Between the averaged relevance vectors of the two classes, in [-1, 1].
+        interval: 95 % interval of the similarity that very many images would give, see
+            `similarity.grouped_similarities`; `None` where it was not measured.
+        is_clear: Whether the whole interval lies below the threshold; `None` where it was not measured.
     """
 
     layer: str
@@ -32,6 +37,8 @@ class PolysemanticPair:
     class_a: int
     class_b: int
     cosine_similarity: float
+    interval: tuple[float, float] | None = None
+    is_clear: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,10 @@ class PolysemanticChannel:
         classes: The classes it is relevant for, ascending.
         concepts: Those classes in groups: any two classes of one group read similar sources. Ordered by smallest class.
         cosine_similarity: The lowest between any two of its classes.
-        reliability: How well its averaged relevance vectors are known, in [0, 1]; `None` where it was not measured.
+        reliability: How well the averaged relevance vectors of its classes are known, in [0, 1]: that of the least
+            known one; `None` where it was not measured.
+        threshold: The similarity threshold that applied to it.
+        is_clear: Whether the interval of at least one pair lies below the threshold; `None` where it was not measured.
     """
 
     layer: str
@@ -53,6 +63,8 @@ class PolysemanticChannel:
     concepts: list[list[int]]
     cosine_similarity: float
     reliability: float | None = None
+    threshold: float | None = None
+    is_clear: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -74,16 +86,6 @@ class LayerDetection:
     similarities: np.ndarray = field(repr=False)
 
 
-def relevant_classes(statistics: ClassStatistics, class_fraction: float) -> Tensor:
-    """Which channels are relevant for which class: for at least ``class_fraction`` of its images.
-
-    Returns:
-        ``[K, C]``, boolean; false for classes without images (arXiv:2504.12939, section 3).
-    """
-    share = statistics.n_relevant.double() / statistics.n_images.clamp(min=1)[:, None]
-    return (share >= class_fraction) & (statistics.n_images > 0)[:, None]
-
-
 def averaged_relevance_vectors(weight: Tensor, mean_window_sums: Tensor) -> Tensor:
     r"""Mean relevance of each input channel for a channel's own output, by class.
 
@@ -103,26 +105,6 @@ def averaged_relevance_vectors(weight: Tensor, mean_window_sums: Tensor) -> Tens
         tensor([[ 2., -1.]], dtype=torch.float64)
     """
     return (weight.double() * mean_window_sums.double()).sum(-1)
-
-
-def cosine_similarities(vectors: Tensor) -> np.ndarray:
-    """Cosine similarity of all rows with one another.
-
-    A row of zeros has no direction, so it is no evidence of another concept: its similarity is set to 1.
-
-    Args:
-        vectors: ``[T, I]``.
-
-    Returns:
-        ``[T, T]``, ``float64``, symmetric, in [-1, 1].
-    """
-    values = vectors.double().numpy()
-    norms = np.linalg.norm(values, axis=1, keepdims=True)
-    unit = values / np.where(norms == 0, 1, norms)
-    similarities = np.clip(unit @ unit.T, -1, 1)
-    silent = norms[:, 0] == 0
-    similarities[silent] = similarities[:, silent] = 1
-    return similarities
 
 
 def group_classes(classes: list[int], similarities: np.ndarray, similarity_threshold: float) -> list[list[int]]:
@@ -151,50 +133,106 @@ def group_classes(classes: list[int], similarities: np.ndarray, similarity_thres
     return sorted(groups.values())
 
 
+@dataclass(frozen=True)
+class SimilarityRule:
+    """When two classes of a channel count as different concepts.
+
+    Attributes:
+        thresholds: Similarity below which they do: one for all channels, or one for each.
+        is_calibrated: Whether the thresholds are for noise-corrected similarities. The difference must then also be
+            one that two halves of a class would not show: the interval must end below 1.
+    """
+
+    thresholds: float | Mapping[int, float]
+    is_calibrated: bool = False
+
+    def threshold(self, channel: int) -> float:
+        """The threshold of a channel."""
+        return self.thresholds if isinstance(self.thresholds, float) else self.thresholds[channel]
+
+    def compared(self, similarities: Similarities) -> np.ndarray:
+        """What is compared with the threshold, ``[T, T]``; 1 for what no image could tell from a half of one class."""
+        if not self.is_calibrated:
+            return similarities.cosine
+        return np.where(similarities.upper < 1, similarities.corrected, 1)
+
+
 def detect(
-    layer: str,
-    statistics: ClassStatistics,
-    weight: Tensor,
-    *,
-    class_fraction: float,
-    similarity_threshold: float,
+    layer: str, relevant: Tensor, similarities_of: Callable[[int, list[int]], Similarities], rule: SimilarityRule
 ) -> LayerDetection:
     """Find the polysemantic channels of a layer.
 
-    A pair of classes is flagged if the channel is relevant for both and the cosine similarity of their averaged
-    relevance vectors is below the threshold (arXiv:2504.12939, section 3). One channel at a time: no array of
-    classes x channels x inputs is ever made.
+    A pair of classes is flagged if the channel is relevant for both and the similarity of their averaged relevance
+    vectors is below the threshold (arXiv:2504.12939, section 3). One channel at a time: no array of classes x
+    channels x inputs is ever made.
 
     Args:
         layer: Name of the layer, for the result.
-        statistics: Counts and means of the layer.
-        weight: ``[C, I, k]``.
-        class_fraction: In (0, 1].
-        similarity_threshold: In (-1, 1].
+        relevant: Which channels are relevant for which class, ``[K, C]``, boolean.
+        similarities_of: ``similarities_of(channel, classes)`` gives the similarities of the classes' vectors.
+        rule: When a pair is flagged.
     """
-    relevant = relevant_classes(statistics, class_fraction)
     candidates = (relevant.sum(0) >= 2).nonzero()[:, 0].tolist()
     channels, pairs, seen = [], [], [np.empty(0)]
     for channel in candidates:
         classes = relevant[:, channel].nonzero()[:, 0].tolist()
-        vectors = averaged_relevance_vectors(weight[channel], statistics.mean_window_sums[classes])
-        similarities = cosine_similarities(vectors)
-        rows, columns = np.triu_indices(len(classes), k=1)
-        values = similarities[rows, columns]
-        seen.append(values)
-        # The same expression as in `group_classes`, so that rounding cannot make the two disagree.
-        flagged = (1 - values > 1 - similarity_threshold).nonzero()[0]
-        pairs += [
-            PolysemanticPair(layer, channel, classes[rows[pair]], classes[columns[pair]], float(values[pair]))
-            for pair in flagged
-        ]
-        if len(flagged):
-            concepts = group_classes(classes, similarities, similarity_threshold)
-            channels.append(PolysemanticChannel(layer, channel, classes, concepts, float(values.min())))
+        similarities = similarities_of(channel, classes)
+        seen.append(similarities.cosine[np.triu_indices(len(classes), k=1)])
+        flagged = _flagged_pairs(layer, channel, classes, similarities, rule)
+        pairs += flagged
+        if flagged:
+            channels.append(_flagged_channel(layer, channel, classes, similarities, rule, flagged))
     return LayerDetection(
         layer,
         sorted(channels, key=lambda found: found.cosine_similarity),
         sorted(pairs, key=lambda found: found.cosine_similarity),
         len(candidates),
         np.concatenate(seen),
+    )
+
+
+def _flagged_pairs(
+    layer: str, channel: int, classes: list[int], similarities: Similarities, rule: SimilarityRule
+) -> list[PolysemanticPair]:
+    threshold = rule.threshold(channel)
+    # The same expression as in `group_classes`, so that rounding cannot make the two disagree.
+    low = np.triu(1 - rule.compared(similarities) > 1 - threshold, k=1)
+    pairs = []
+    for a, b in zip(*low.nonzero(), strict=True):
+        interval = (float(similarities.lower[a, b]), float(similarities.upper[a, b]))
+        known = not np.isnan(interval[0])
+        pairs.append(
+            PolysemanticPair(
+                layer,
+                channel,
+                classes[a],
+                classes[b],
+                float(similarities.cosine[a, b]),
+                interval if known else None,
+                interval[1] < threshold if known else None,
+            )
+        )
+    return pairs
+
+
+def _flagged_channel(
+    layer: str,
+    channel: int,
+    classes: list[int],
+    similarities: Similarities,
+    rule: SimilarityRule,
+    flagged: list[PolysemanticPair],
+) -> PolysemanticChannel:
+    threshold = rule.threshold(channel)
+    reliability = float(similarities.reliability.min())
+    known = not np.isnan(reliability)
+    return PolysemanticChannel(
+        layer,
+        channel,
+        classes,
+        group_classes(classes, rule.compared(similarities), threshold),
+        float(similarities.cosine.min()),
+        reliability if known else None,
+        threshold,
+        any(pair.is_clear for pair in flagged) if known else None,
     )

@@ -27,18 +27,20 @@ CHUNK_ROWS = 256
 class ConceptQuality:
     """How well one concept channel does.
 
-    With ``D`` the position sum of the positive part of a channel's output on one image, ``D_orig`` of the channel
-    before the split and ``D_own`` of this concept channel. `None` where there were no images to tell.
+    With ``D`` the position sum, on one image, of ``max(direction * output, 0)`` with the direction of the concept that
+    the image's class belongs to (1 in paper mode), ``D_orig`` of the channel before the split and ``D_own`` of this
+    concept channel. `None` where there were no images to tell.
 
     Attributes:
         classes: The concept's classes.
         distortion: ``sum |D_own - D_orig| / sum D_orig`` over images of its classes. 0 is best.
         leak: ``sum D_own / sum D_orig`` over images of the other concepts' classes. 0 is best.
-        spurious: What the concept channel fires above the original on images of all remaining classes, mean per image,
-            over the mean ``D_orig`` on its own images. 0 is best.
+        spurious: What the concept channel fires, in its own direction, above the original on images of all remaining
+            classes, mean per image, over the mean ``D_orig`` on its own images. 0 is best.
         kept: Share of ``sum D_orig`` that each concept channel and, last, the residual keep, over those images of its
             classes that the channel is relevant for (the paper's table).
-        auroc: How well ``D_own`` tells its classes from the other concepts' classes. 1 is best, 0.5 is chance.
+        auroc: How well ``D_own``, taken in this concept's direction for all images (or it would read the label off the
+            sign), tells its classes from the other concepts' classes. 1 is best, 0.5 is chance.
         auroc_original: The same for ``D_orig``.
         n_own: Images of its classes.
         n_other: Images of the other concepts' classes.
@@ -140,7 +142,7 @@ class SplitEvaluator:
             weight = torch.cat([part.weight for part in parts]).to(inputs)
             biases = [part.bias for part in parts if part.bias is not None]
             bias = torch.cat(biases).to(inputs) if biases else None
-            outputs = channel_outputs(geometry, inputs, weight, bias).float().clamp_(min=0)
+            outputs = channel_outputs(geometry, inputs, weight, bias).float()
             sizes = [len(part.weight) for part in parts]
             for tally, output in zip(tallies, outputs.split(sizes, dim=1), strict=True):
                 tally.add(output, targets, relevant[:, tally.split.channel])
@@ -182,21 +184,26 @@ class _Tally:
     def __init__(self, split: ChannelSplit) -> None:
         self.split = split
         self._concept_of = {label: index for index, concept in enumerate(split.concepts) for label in concept}
-        self._activations: list[Tensor] = []  # [n, K + 2]: original, concepts, residual
+        self._signs = split.signs()
+        # Position sums of what is positive and of what is negative: original, concepts, residual, [n, K + 2, 2].
+        self._activations: list[Tensor] = []
         self._concepts: list[Tensor] = []  # [n]
         self._relevant: list[Tensor] = []  # [n]
         self._spurious = torch.zeros(len(split.concepts), dtype=torch.float64)
         self._n_remaining = 0
 
-    def add(self, positive: Tensor, targets: Tensor, relevant: Tensor) -> None:
-        """Add the positive parts ``[B, K + 2, P]`` of original, concepts and residual on a batch."""
+    def add(self, outputs: Tensor, targets: Tensor, relevant: Tensor) -> None:
+        """Add the outputs ``[B, K + 2, P]`` of original, concepts and residual on a batch."""
         concepts = torch.tensor([self._concept_of.get(target, -1) for target in targets.tolist()])
-        named = (concepts >= 0).to(positive.device)
-        self._activations.append(positive[named].double().sum(2).cpu())
+        named = (concepts >= 0).to(outputs.device)
+        both = [(sign * outputs[named]).clamp(min=0).double().sum(2) for sign in (1, -1)]
+        self._activations.append(torch.stack(both, dim=2).cpu())
         self._concepts.append(concepts[concepts >= 0])
         self._relevant.append(relevant[named.to(relevant.device)].cpu())
-        remaining = positive[~named].double()
-        self._spurious += (remaining[:, 1:-1] - remaining[:, :1]).clamp_(min=0).sum((0, 2)).cpu()
+        remaining = outputs[~named].double()
+        signs = torch.tensor(self._signs, device=outputs.device)[:, None]
+        original, parts = (signs * part for part in (remaining[:, :1], remaining[:, 1:-1]))
+        self._spurious += (parts.clamp(min=0) - original.clamp(min=0)).clamp_(min=0).sum((0, 2)).cpu()
         self._n_remaining += len(remaining)
 
     def merge(self, other: _Tally) -> None:
@@ -208,13 +215,18 @@ class _Tally:
         self._n_remaining += other._n_remaining
 
     def qualities(self) -> list[ConceptQuality]:
-        empty = torch.zeros(0, len(self.split.concepts) + 2, dtype=torch.float64)
+        """Quality of each concept."""
+        empty = torch.zeros(0, len(self.split.concepts) + 2, 2, dtype=torch.float64)
         activations = torch.cat([empty, *self._activations])
         concepts = torch.cat([torch.zeros(0, dtype=torch.long), *self._concepts])
         relevant = torch.cat([torch.zeros(0, dtype=torch.bool), *self._relevant])
-        return [self._quality(index, activations, concepts == index, relevant) for index in range(len(self._spurious))]
+        return [self._quality(index, activations, concepts, relevant) for index in range(len(self._spurious))]
 
-    def _quality(self, index: int, activations: Tensor, own: Tensor, relevant: Tensor) -> ConceptQuality:
+    def _quality(self, index: int, both: Tensor, concepts: Tensor, relevant: Tensor) -> ConceptQuality:
+        is_negative = torch.tensor([sign < 0 for sign in self._signs])
+        own = concepts == index
+        fixed = both[..., int(is_negative[index])]
+        activations = torch.where(is_negative[concepts][:, None], both[..., 1], both[..., 0])
         original, concept = activations[:, 0], activations[:, 1 + index]
         shown = activations[own & relevant]
         spurious = float(self._spurious[index]) / self._n_remaining if self._n_remaining else None
@@ -225,8 +237,8 @@ class _Tally:
             leak=_ratio(concept[~own].sum(), original[~own].sum()),
             spurious=None if spurious is None or own_mean == 0 else spurious / own_mean,
             kept=None if float(shown[:, 0].sum()) == 0 else (shown[:, 1:].sum(0) / shown[:, 0].sum()).tolist(),
-            auroc=_auroc(concept, own),
-            auroc_original=_auroc(original, own),
+            auroc=_auroc(fixed[:, 1 + index], own),
+            auroc_original=_auroc(fixed[:, 0], own),
             n_own=int(own.sum()),
             n_other=int((~own).sum()),
         )

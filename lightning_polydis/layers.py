@@ -6,7 +6,8 @@ layer), outputs ``[B, C, P]`` (``P`` positions: pixels, or every dimension betwe
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias, cast
+from itertools import product
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from lightning_polydis._checks import InputError, closest_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LinearLayer: TypeAlias = nn.Conv2d | nn.Linear
 
@@ -210,3 +214,91 @@ def channel_outputs(layer: LinearLayer, inputs: Tensor, weight: Tensor, bias: Te
         return F.linear(inputs.flatten(1, -2) if inputs.ndim > 2 else inputs[:, None], weight[..., 0], bias).mT
     kernel = weight.unflatten(2, layer.kernel_size)
     return F.conv2d(_padded(layer, inputs), kernel, bias, layer.stride, 0, layer.dilation).flatten(2)
+
+
+def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, images: Tensor, channels: Tensor) -> Tensor:
+    r"""Relevance that each input channel has for the logit through one output channel.
+
+    :math:`v_k = \sum_{ij} w_{ckij} \, \partial s / \partial w_{ckij}` with :math:`\partial s / \partial w_{ckij} =
+    \sum_p g_{cp} x_{k, p \oplus ij}`: weight times gradient, so positions that do not matter to the logit drop out.
+    Summed over ``k``, and with the bias's share, it is the relevance of the channel.
+
+    Args:
+        layer: The layer.
+        inputs: ``[B, I, H, W]`` for a convolution, ``[B, ..., I]`` for a linear layer.
+        gradient: Gradient of the logit with respect to the layer's output, shaped as that output.
+        images: For each wanted pair of image and channel the image's place in the batch, ``[n]``, integer, ascending.
+        channels: The channel of each pair, ``[n]``, integer.
+
+    Returns:
+        ``[n, I]``, in ``float32`` or wider, in units of the logit.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> layer, x = nn.Linear(3, 2), torch.ones(1, 3)
+        >>> found = source_relevances(layer, x, torch.ones(1, 2), torch.tensor([0]), torch.tensor([1]))
+        >>> torch.equal(found[0], layer.weight[1])
+        True
+    """
+    if not len(images):
+        return inputs.new_zeros(0, inputs_per_channel(layer), dtype=torch.promote_types(inputs.dtype, torch.float32))
+    weight = flat_weight(layer)
+    inputs, gradient, weight = (
+        part.float() if part.dtype.itemsize < 4 else part for part in (inputs, gradient, weight)
+    )
+    channels_first = gradient.movedim(-1, 1) if isinstance(layer, nn.Linear) else gradient
+    flat = channels_first.flatten(2) if gradient.ndim > 2 else channels_first[..., None]
+    counts = torch.bincount(images, minlength=len(inputs))
+    places = torch.arange(len(images), device=images.device) - (counts.cumsum(0) - counts)[images]
+    wanted = channels.new_zeros(len(inputs), int(counts.max()))  # the channels of each image, padded with channel 0
+    wanted[images, places] = channels
+    chosen = flat.gather(1, wanted[..., None].expand(-1, -1, flat.shape[2]))
+    total = flat.new_zeros(len(images), inputs_per_channel(layer))
+    for offset, read in enumerate(_inputs_by_offset(layer, inputs)):
+        total += (chosen @ read.mT)[images, places] * weight[channels, :, offset]
+    return total
+
+
+def source_contributions(layer: LinearLayer, inputs: Tensor, weight: Tensor) -> Tensor:
+    r"""What each input channel adds to a channel's output, position by position.
+
+    :math:`y_{pk} = \sum_{ij} w_{kij} x_{k, p \oplus ij}`; the sum over ``k`` and the bias is the output.
+
+    Args:
+        layer: Gives kernel size, stride, padding and dilation.
+        inputs: ``[B, I, H, W]`` for a convolution, ``[B, ..., I]`` for a linear layer.
+        weight: The channel's weights, ``[I, k]``.
+
+    Returns:
+        ``[B, P, I]``.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> source_contributions(nn.Linear(2, 1), torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.5]]))
+        tensor([[[3., 2.]]])
+    """
+    by_offset = enumerate(_inputs_by_offset(layer, inputs))
+    return sum(read * weight[:, offset, None] for offset, read in by_offset).mT  # type: ignore[union-attr]
+
+
+def _inputs_by_offset(layer: LinearLayer, inputs: Tensor) -> Iterator[Tensor]:
+    """What each kernel offset reads, ``[B, I, P]`` each."""
+    if isinstance(layer, nn.Linear):
+        yield inputs.flatten(1, -2).mT if inputs.ndim > 2 else inputs[..., None]
+        return
+    padded = _padded(layer, inputs)
+    sizes = [
+        (total - dilation * (kernel - 1) - 1) // stride + 1
+        for total, kernel, stride, dilation in zip(
+            padded.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
+        )
+    ]
+    for offset in product(*map(range, layer.kernel_size)):
+        starts = [place * dilation for place, dilation in zip(offset, layer.dilation, strict=True)]
+        rows, columns = (
+            slice(start, start + (size - 1) * stride + 1, stride)
+            for start, size, stride in zip(starts, sizes, layer.stride, strict=True)
+        )
+        yield padded[:, :, rows, columns].flatten(2)

@@ -26,9 +26,11 @@ class ChannelSplit:
         concepts: Classes of each concept, at least two concepts.
         membership: Share of each source (input channel) that each concept keeps, ``[K, I]``, ``float32``.
         rho: The dominance ratio that was chosen, in (0, 1]; `None` unless ``method="paper"``.
+        directions: For each concept 1 or -1: whether its classes use the channel through positive or negative values.
+            `None`: all through positive ones.
 
     Raises:
-        ValueError: If there are fewer than two concepts or the membership does not fit them.
+        ValueError: If there are fewer than two concepts or the membership or directions do not fit them.
     """
 
     layer: str
@@ -36,6 +38,7 @@ class ChannelSplit:
     concepts: list[list[int]]
     membership: Tensor
     rho: float | None = None
+    directions: list[int] | None = None
 
     def __post_init__(self) -> None:
         if len(self.concepts) < 2:
@@ -52,6 +55,13 @@ class ChannelSplit:
             )
         if not bool(torch.isfinite(self.membership).all()):
             raise InputError("Expected `membership` to be finite, but got NaN or infinity.")
+        if self.directions is not None and (
+            len(self.directions) != len(self.concepts) or not set(self.directions) <= {1, -1}
+        ):
+            raise InputError(
+                f"Expected `directions` to hold 1 or -1 for each of {len(self.concepts)} concepts, "
+                f"but got {self.directions!r}."
+            )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ChannelSplit) and self.to_json() == other.to_json()
@@ -69,7 +79,12 @@ class ChannelSplit:
             "concepts": self.concepts,
             "membership": values,
             "rho": self.rho,
+            "directions": self.directions,
         }
+
+    def signs(self) -> list[int]:
+        """The directions, one for each concept."""
+        return [1] * len(self.concepts) if self.directions is None else self.directions
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> ChannelSplit:
@@ -80,6 +95,7 @@ class ChannelSplit:
             [[int(index) for index in concept] for concept in content["concepts"]],
             torch.tensor(content["membership"], dtype=torch.float32),
             content["rho"],
+            content["directions"],
         )
 
 

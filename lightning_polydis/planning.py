@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_polydis.detection import averaged_relevance_vectors
+from lightning_polydis.calibration import calibrated_thresholds
+from lightning_polydis.detection import LayerDetection, SimilarityRule, averaged_relevance_vectors, detect
 from lightning_polydis.evaluation import SplitEvaluator
 from lightning_polydis.layers import flat_weight
 from lightning_polydis.membership import paper_membership
 from lightning_polydis.plan import ChannelSplit
+from lightning_polydis.similarity import Similarities, grouped_similarities, plain_similarities
+from lightning_polydis.soft_membership import WantedSplit, soft_memberships
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
 
     from lightning_polydis.evaluation import SplitQuality
     from lightning_polydis.layers import LinearLayer
+    from lightning_polydis.settings import AnalysisSettings
     from lightning_polydis.statistics import ClassStatistics, Samples
+    from lightning_polydis.vectors import ClassVectors
 
 SAMPLES_PER_STEP = 64
 
@@ -32,48 +37,95 @@ class LayerEvidence:
     Attributes:
         name: Name of the layer.
         layer: A copy of the layer, on the CPU, with the weights that were analysed.
+        settings: Of the analysis.
         statistics: Sums and counts by class.
+        vectors: Class-conditional relevance vectors; `None` with ``method="paper"``, which goes by the statistics.
         samples: Kept layer inputs, or `None`.
-        hold_out: Whether half of the samples is kept back to judge splits.
     """
 
     name: str
     layer: LinearLayer
+    settings: AnalysisSettings
     statistics: ClassStatistics
+    vectors: ClassVectors | None
     samples: Samples | None
-    hold_out: bool
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether half of the samples is kept back to judge splits."""
+        return self.settings.calibration_samples is not None
 
     def chosen_from(self) -> Samples | None:
         """The samples that choose memberships."""
-        return self.samples.halves()[0] if self.samples is not None and self.hold_out else self.samples
+        return self.samples.halves()[0] if self.samples is not None and self.holds_out else self.samples
 
     def judged_on(self) -> Samples | None:
         """The samples that judge splits; `None` if there are none that took no part in choosing."""
-        return self.samples.halves()[1] if self.samples is not None and self.hold_out else None
+        return self.samples.halves()[1] if self.samples is not None and self.holds_out else None
+
+    def relevant(self) -> Tensor:
+        """Which channels are relevant for which class and have vectors to compare, ``[K, C]``, boolean."""
+        relevant = self.statistics.relevant(self.settings.class_fraction)
+        return relevant if self.vectors is None else relevant & self.vectors.known(len(relevant))
+
+    def similarities(self, channel: int, classes: Sequence[int]) -> Similarities:
+        """Similarities of the relevance vectors that a channel has for some classes."""
+        if self.vectors is None:
+            return plain_similarities(self._averaged(channel, classes))
+        return grouped_similarities(*self.vectors.groups(channel, classes))
+
+    def _averaged(self, channel: int, classes: Sequence[int]) -> Tensor:
+        sums = self.statistics.mean_window_sums
+        assert sums is not None  # kept with this method
+        return averaged_relevance_vectors(flat_weight(self.layer)[channel], sums[list(classes)])
+
+    def rule(self) -> SimilarityRule:
+        """When two classes of a channel count as different concepts."""
+        if self.settings.threshold != "auto" or self.vectors is None:
+            return SimilarityRule(float(self.settings.threshold))
+        channels = range(self.statistics.counts.shape[2])
+        thresholds = calibrated_thresholds(self.vectors, self.relevant(), self.statistics.helpful, channels)
+        return SimilarityRule(thresholds, is_calibrated=True)
+
+    def detect(self) -> LayerDetection:
+        """The layer's polysemantic channels."""
+        return detect(self.name, self.relevant(), self.similarities, self.rule())
 
 
-def plan_split(
-    evidence: LayerEvidence, samples: Samples, channel: int, concepts: Sequence[Sequence[int]]
-) -> ChannelSplit:
-    """Choose the membership of one channel's sources by the paper's rules.
-
-    A concept's averaged relevance vector is the mean of its classes'.
+def plan_splits(evidence: LayerEvidence, wanted: Sequence[tuple[int, list[list[int]]]]) -> list[ChannelSplit]:
+    """Choose memberships of some channels' sources by the method of the settings.
 
     Args:
-        evidence: Of the layer.
-        samples: What chooses the dominance ratio.
-        channel: Output channel to split.
-        concepts: Classes of each concept; the rows of the membership come in this order.
+        evidence: Of the layer, with samples.
+        wanted: Channel and the classes of each concept; the rows of a membership come in this order.
     """
-    weight = flat_weight(evidence.layer)[channel]
-    vectors = torch.stack([_concept_vector(evidence, weight, concept) for concept in concepts])
+    samples = evidence.chosen_from()
+    assert samples is not None  # whoever asks has looked
+    if evidence.settings.method == "paper":
+        return [_paper_split(evidence, samples, channel, concepts) for channel, concepts in wanted]
+    signs = evidence.statistics.directions
+    splits = [
+        WantedSplit(channel, concepts, [_direction(signs[concept, channel]) for concept in concepts])
+        for channel, concepts in wanted
+    ]
+    memberships = soft_memberships(evidence.layer, splits, samples, evidence.settings.leak_weight)
+    return [
+        ChannelSplit(evidence.name, channel, concepts, membership, directions=list(split.directions))
+        for (channel, concepts), split, membership in zip(wanted, splits, memberships, strict=True)
+    ]
+
+
+def _direction(signs: Tensor) -> int:
+    """The direction of a concept: that of most of its classes."""
+    return 1 if int(signs.sum()) >= 0 else -1
+
+
+def _paper_split(evidence: LayerEvidence, samples: Samples, channel: int, concepts: list[list[int]]) -> ChannelSplit:
+    """A split by the paper's rules. A concept's averaged relevance vector is the mean of its classes'."""
+    vectors = torch.stack([evidence._averaged(channel, concept).mean(0) for concept in concepts])
     inputs = [samples.of_classes(concept).inputs for concept in concepts]
     membership, rho = paper_membership(evidence.layer, channel, vectors, inputs)
-    return ChannelSplit(evidence.name, channel, [list(concept) for concept in concepts], membership, rho)
-
-
-def _concept_vector(evidence: LayerEvidence, weight: Tensor, concept: Sequence[int]) -> Tensor:
-    return averaged_relevance_vectors(weight, evidence.statistics.mean_window_sums[list(concept)]).mean(0)
+    return ChannelSplit(evidence.name, channel, concepts, membership, rho)
 
 
 def judge_splits(evidence: LayerEvidence, splits: Sequence[ChannelSplit]) -> list[SplitQuality]:

@@ -16,7 +16,7 @@ from lightning_polydis.detection import LayerDetection, PolysemanticChannel, Pol
 from lightning_polydis.evaluation import SplitQuality
 from lightning_polydis.layers import find_layer
 from lightning_polydis.plan import SplitPlan
-from lightning_polydis.planning import LayerEvidence, judge_splits, plan_split
+from lightning_polydis.planning import LayerEvidence, judge_splits, plan_splits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import Tensor, nn
 
-    from lightning_polydis.plan import ChannelSplit
 
 SCALARS = ("n_polysemantic", "n_pairs", "n_candidates", "mean_cosine", "min_cosine")
 """Figures of a layer that are logged as scalars."""
@@ -170,14 +169,12 @@ class PolysemanticityReport:
         return all(evidence.samples is not None for evidence in self._evidence.values())
 
     def _planned(self, wanted: list[tuple[str, int, list[list[int]]]]) -> SplitPlan:
-        evidence = self._evidence or {}
-        samples = {name: found.chosen_from() for name, found in evidence.items()}
-        splits: list[ChannelSplit] = []
+        by_layer: dict[str, list[tuple[int, list[list[int]]]]] = {}
         for layer, channel, concepts in wanted:
-            chosen = samples[layer]
-            if chosen is not None:
-                splits.append(plan_split(evidence[layer], chosen, channel, concepts))
-        return SplitPlan(splits)
+            by_layer.setdefault(layer, []).append((channel, concepts))
+        evidence = self._evidence or {}
+        splits = {layer: iter(plan_splits(evidence[layer], own)) for layer, own in by_layer.items()}
+        return SplitPlan([next(splits[layer]) for layer, _, _ in wanted])  # in the order in which they were asked for
 
     def _check_pair(self, layer: str, channel: int, class_a: int, class_b: int) -> None:
         summaries = {summary.name: summary for summary in self.layers}
@@ -330,12 +327,17 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def _pair_from_json(content: dict[str, Any]) -> PolysemanticPair:
+    interval = content["interval"]
+    return PolysemanticPair(**{**content, "interval": None if interval is None else tuple(interval)})
+
+
 def _report_from_json(document: dict[str, Any]) -> PolysemanticityReport:
     quality = document["quality"]
     return PolysemanticityReport(
         layers=[LayerSummary(**layer) for layer in document["layers"]],
         channels=[PolysemanticChannel(**channel) for channel in document["channels"]],
-        pairs=[PolysemanticPair(**pair) for pair in document["pairs"]],
+        pairs=[_pair_from_json(pair) for pair in document["pairs"]],
         settings=document["settings"],
         n_images=document["n_images"],
         n_images_left_out=document["n_images_left_out"],

@@ -11,6 +11,10 @@ from lightning_polydis._checks import InputError, check_choice, check_in_range, 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+MEBIBYTE = 2**20
+SWEEP_STEPS = (1 / 4, 1 / 2, 2, 4)
+"""Other relevance thresholds that are tried, relative to the one in force."""
+
 
 @dataclass(frozen=True)
 class AnalysisSettings:
@@ -22,18 +26,22 @@ class AnalysisSettings:
             batch passes through the network twice.
         relevance_threshold: Share of an image's positive relevance from which a channel is relevant, in (0, 1].
         class_fraction: Share of a class's images that a channel must be relevant for, in (0, 1].
-        similarity_threshold: Cosine similarity below which two classes count as different concepts, in (-1, 1].
-            `None`: 0.5.
-        method: ``"paper"``: the rules of arXiv:2504.12939.
+        similarity_threshold: Cosine similarity below which two classes count as different concepts, in (-1, 1], or
+            ``"auto"``: calibrated for each layer and channel, see `calibration.calibrated_thresholds`. `None`: 0.5
+            for ``"paper"``, ``"auto"`` for ``"optimized"``.
+        method: ``"optimized"``: class-conditional relevance vectors and soft membership. ``"paper"``: the rules of
+            arXiv:2504.12939.
         concepts: ``"classes"``: concepts are groups of classes.
-        leak_weight: Reserved for ``method="optimized"``, above 0.
+        leak_weight: How much a concept channel that answers to other concepts weighs against one that differs from
+            the original on its own images, above 0. For ``method="optimized"``.
         attribution: ``"gradient_x_input"``.
         num_classes: Number of classes; `None`: the width of the logits.
         class_names: Names of the classes, for reports.
         calibration_samples: Images of each class whose layer input is kept, half to choose memberships, half to judge
             them; 0: no plan; `None`: all images, all used to choose.
         calibration_memory: MiB that these samples may take; lowers their number where it would not do, and says so.
-            While an epoch is analysed, those of the last report are there as well. Not for `None`.
+            While an epoch is analysed, those of the last report are there as well. Not for `None`. Relevance vectors
+            take at most a quarter as much again.
         logits_module: Name of the module whose output is the logits, where it is not the outermost one.
         target_fn: Batch -> class indices ``[B]``. `None`: ``batch[1]``, or ``batch["label"]``, ``"labels"``,
             ``"target"``, ``"targets"`` or ``"y"``.
@@ -53,7 +61,7 @@ class AnalysisSettings:
     relevance_threshold: float = 0.03
     class_fraction: float = 0.75
     similarity_threshold: float | str | None = None
-    method: str = "paper"
+    method: str = "optimized"
     concepts: str = "classes"
     leak_weight: float = 3.0
     attribution: Any = "gradient_x_input"
@@ -70,8 +78,7 @@ class AnalysisSettings:
         check_in_range("relevance_threshold", self.relevance_threshold, 0, 1)
         check_in_range("class_fraction", self.class_fraction, 0, 1)
         self._check_method()
-        if self.similarity_threshold is not None:
-            check_in_range("similarity_threshold", self.similarity_threshold, -1, 1)
+        self._check_similarity_threshold()
         check_in_range("leak_weight", self.leak_weight, 0, float("inf"))
         check_in_range("calibration_memory", self.calibration_memory, 0, float("inf"))
         if self.num_classes is not None:
@@ -94,17 +101,31 @@ class AnalysisSettings:
         check_choice("method", self.method, ["paper", "optimized"])
         check_choice("concepts", self.concepts, ["classes", "clusters"])
         not_yet = {
-            'method="optimized"': self.method == "optimized",
-            'similarity_threshold="auto"': self.similarity_threshold == "auto",
             'concepts="clusters"': self.concepts == "clusters",
             f"attribution={self.attribution!r}": self.attribution != "gradient_x_input",
         }
         for setting, asked in not_yet.items():
             if asked:
                 raise InputError(
-                    f"`{setting}` is not available in this version yet. Available are method='paper', a number or None "
-                    "as similarity_threshold, concepts='classes' and attribution='gradient_x_input'."
+                    f"`{setting}` is not available in this version yet. Available are concepts='classes' and "
+                    "attribution='gradient_x_input'."
                 )
+
+    def _check_similarity_threshold(self) -> None:
+        value = self.similarity_threshold
+        if value is None or (value == "auto" and self.method == "optimized"):
+            return
+        if value == "auto":
+            raise InputError(
+                "`similarity_threshold='auto'` needs the relevance vectors of `method='optimized'`; with "
+                "`method='paper'` pass a number in (-1, 1] or None (0.5)."
+            )
+        if isinstance(value, str):
+            raise InputError(
+                "Expected argument `similarity_threshold` to be a number in (-1, 1], 'auto' or None, "
+                f"but got {value!r}."
+            )
+        check_in_range("similarity_threshold", value, -1, 1)
 
     def _check_functions(self) -> None:
         for name in ("target_fn", "logits_fn"):
@@ -125,9 +146,22 @@ class AnalysisSettings:
         return [self.layers] if isinstance(self.layers, str) else list(self.layers)
 
     @property
-    def threshold(self) -> float:
-        """The similarity threshold in force."""
-        return 0.5 if self.similarity_threshold is None else float(self.similarity_threshold)
+    def threshold(self) -> float | str:
+        """The similarity threshold in force: a number or ``"auto"``."""
+        if self.similarity_threshold is None:
+            return 0.5 if self.method == "paper" else "auto"
+        return self.similarity_threshold if self.similarity_threshold == "auto" else float(self.similarity_threshold)
+
+    @property
+    def relevance_thresholds(self) -> list[float]:
+        """The thresholds that relevances are counted at, the one in force first: one pass tells of them all."""
+        near = [self.relevance_threshold * step for step in SWEEP_STEPS]
+        return [self.relevance_threshold, *(value for value in near if value <= 1)]
+
+    @property
+    def vector_bytes(self) -> float:
+        """Memory that the relevance vectors may take."""
+        return self.calibration_memory * MEBIBYTE / 4
 
     def to_json(self) -> dict[str, Any]:
         """What defines the result, in plain types."""
@@ -138,5 +172,6 @@ class AnalysisSettings:
             "relevance_threshold": self.relevance_threshold,
             "class_fraction": self.class_fraction,
             "similarity_threshold": self.threshold,
+            "leak_weight": self.leak_weight,
             "calibration_samples": self.calibration_samples,
         }

@@ -58,6 +58,7 @@ class _SplitLayer(nn.Module, Generic[Layer]):
     n_concepts: Tensor
     concept_classes: Tensor
     rho: Tensor
+    concept_directions: Tensor
     original_weight: Tensor
     original_bias: Tensor | None
     channel_dim: int
@@ -84,6 +85,8 @@ class _SplitLayer(nn.Module, Generic[Layer]):
         self.register_buffer("n_concepts", _integers([len(split.concepts) for split in splits], device))
         self.register_buffer("concept_classes", _integers(rows, device).view(-1, 2))
         self.register_buffer("rho", torch.tensor(ratios, dtype=torch.float32, device=device))
+        signs = [sign for split in splits for sign in split.directions or [0] * len(split.concepts)]
+        self.register_buffer("concept_directions", _integers(signs, device))
         membership = [split.membership for split in splits] or [torch.empty(0, inputs_per_channel(layer))]
         self.register_buffer("membership", torch.cat(membership).to(device))
         self.register_buffer("original_weight", layer.weight.detach()[self.channels].clone())
@@ -302,12 +305,14 @@ def stored_splits(buffers: Mapping[str, Tensor], layer_name: str) -> list[Channe
     for row, label in buffers["concept_classes"].tolist():
         concepts[row].append(label)
     memberships = buffers["membership"].float().cpu().split(counts)
+    directions: list[int] = buffers["concept_directions"].tolist()
     splits, first = [], 0
     for channel, membership, rho in zip(
         buffers["channels"].tolist(), memberships, buffers["rho"].tolist(), strict=True
     ):
         last = first + len(membership)
-        ratio = None if math.isnan(rho) else round(rho, 6)  # NaN marks a split without a ratio
-        splits.append(ChannelSplit(layer_name, channel, concepts[first:last], membership, ratio))
+        ratio = None if math.isnan(rho) else round(rho, 6)  # NaN marks a split without a ratio, 0 one without a sign
+        signs = directions[first:last] if all(directions[first:last]) else None
+        splits.append(ChannelSplit(layer_name, channel, concepts[first:last], membership, ratio, signs))
         first = last
     return splits

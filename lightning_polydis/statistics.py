@@ -43,42 +43,75 @@ class ClassStatistics:
 
     Attributes:
         n_images: Images of each class, ``[K]``, integer.
-        n_relevant: Of those, how many each channel is relevant for, ``[K, C]``, integer.
+        thresholds: Relevance thresholds, the one of the analysis first.
+        counts: At each threshold, how many images of each class each channel is relevant for, ``[T, K, C]``, integer.
+        directions: How each class uses each channel: the sign of its mean gradient, 1 or -1 (1 if there is none),
+            ``[K, C]``, ``int8``.
+        helpful: Whether the channel's relevance for the class is positive on average, ``[K, C]``, boolean.
         mean_window_sums: Mean over a class's images of `layers.window_sums`, ``[K, I, k]``, ``float64``; zero for a
-            class without images.
+            class without images; `None` if they were not asked for.
         n_left_out: Images left out because their batch held NaN or infinity.
     """
 
-    def __init__(self, n_images: Tensor, n_relevant: Tensor, mean_window_sums: Tensor, n_left_out: int = 0) -> None:
+    def __init__(
+        self,
+        n_images: Tensor,
+        thresholds: Sequence[float],
+        counts: Tensor,
+        directions: Tensor,
+        helpful: Tensor,
+        mean_window_sums: Tensor | None,
+        n_left_out: int = 0,
+    ) -> None:
         self.n_images = n_images
-        self.n_relevant = n_relevant
+        self.thresholds = tuple(thresholds)
+        self.counts = counts
+        self.directions = directions
+        self.helpful = helpful
         self.mean_window_sums = mean_window_sums
         self.n_left_out = n_left_out
 
+    def relevant(self, class_fraction: float, threshold: int = 0) -> Tensor:
+        """Which channels are relevant for which class: for at least ``class_fraction`` of its images.
+
+        Args:
+            class_fraction: In (0, 1].
+            threshold: Which of the relevance thresholds, the analysis's own by default.
+
+        Returns:
+            ``[K, C]``, boolean; false for classes without images (arXiv:2504.12939, section 3).
+        """
+        share = self.counts[threshold].double() / self.n_images.clamp(min=1)[:, None]
+        return (share >= class_fraction) & (self.n_images > 0)[:, None]
+
 
 class ChannelStatistics(Metric):
-    """Relevance counts and input statistics of one layer, by class.
+    """Relevance counts, gradient and input statistics of one layer, by class.
 
-    Its size is ``classes x (channels + inputs x kernel offsets) x 8`` bytes, whatever the number of images.
+    Its size is ``classes x channels x (4 x thresholds + 8)`` bytes, and where window sums are kept ``classes x inputs x
+    kernel offsets x 8`` more, whatever the number of images.
 
     Args:
         num_classes: Number of classes.
         n_channels: Output channels of the layer.
-        window_shape: ``(inputs, kernel offsets)``.
-        relevance_threshold: See `relevant_channels`.
+        relevance_thresholds: Those that relevances are counted at, the one of the analysis first; see
+            `relevant_channels`.
+        window_shape: ``(inputs, kernel offsets)``; `None`: no window sums are kept.
 
     Example:
         >>> import torch
-        >>> statistics = ChannelStatistics(2, n_channels=3, window_shape=(4, 1), relevance_threshold=0.5)
-        >>> statistics.update(torch.tensor([[3.0, 1.0, 0.0]]), torch.ones(1, 4, 1), torch.tensor([1]))
-        >>> statistics.compute().n_relevant
+        >>> statistics = ChannelStatistics(2, n_channels=3, relevance_thresholds=[0.5])
+        >>> statistics.update(torch.tensor([[3.0, 1.0, 0.0]]), torch.ones(1, 3), torch.tensor([1]))
+        >>> statistics.compute().counts[0]
         tensor([[0, 0, 0],
-                [1, 0, 0]])
+                [1, 0, 0]], dtype=torch.int32)
     """
 
     full_state_update = False
     n_images: Tensor
-    n_relevant: Tensor
+    counts: Tensor
+    gradient_sums: Tensor
+    relevance_sums: Tensor
     window_sums: Tensor
     n_left_out: Tensor
 
@@ -86,41 +119,65 @@ class ChannelStatistics(Metric):
         self,
         num_classes: int,
         n_channels: int,
-        window_shape: tuple[int, int],
-        relevance_threshold: float,
+        relevance_thresholds: Sequence[float],
+        window_shape: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(compute_with_cache=False, **kwargs)
-        self.relevance_threshold = relevance_threshold
-        counts = torch.zeros(num_classes, dtype=torch.long)
-        self.add_state("n_images", counts, dist_reduce_fx="sum")
-        self.add_state("n_relevant", counts[:, None].repeat(1, n_channels), dist_reduce_fx="sum")
-        sums = torch.zeros(num_classes, *window_shape, dtype=torch.float64)
+        self.relevance_thresholds = tuple(relevance_thresholds)
+        self._has_windows = window_shape is not None
+        shape = (num_classes, n_channels)
+        self.add_state("n_images", torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
+        counts = torch.zeros(len(self.relevance_thresholds), *shape, dtype=torch.int32)
+        self.add_state("counts", counts, dist_reduce_fx="sum")
+        self.add_state("gradient_sums", torch.zeros(shape), dist_reduce_fx="sum")
+        self.add_state("relevance_sums", torch.zeros(shape), dist_reduce_fx="sum")
+        sums = torch.zeros(num_classes, *(window_shape or (0, 0)), dtype=torch.float64)
         self.add_state("window_sums", sums, dist_reduce_fx="sum")
         self.add_state("n_left_out", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, relevance: Tensor, window_sums: Tensor, targets: Tensor, leave_out: bool = False) -> None:
+    def update(
+        self,
+        relevance: Tensor,
+        gradient_sums: Tensor,
+        targets: Tensor,
+        window_sums: Tensor | None = None,
+        leave_out: bool = False,
+    ) -> None:
         """Add a batch.
 
         Args:
             relevance: ``[B, C]``.
-            window_sums: ``[B, I, k]``, see `layers.window_sums`.
+            gradient_sums: Gradient of the target's logit with respect to the layer's output, summed over positions,
+                ``[B, C]``.
             targets: Class indices, ``[B]``, integer.
+            window_sums: ``[B, I, k]``, see `layers.window_sums`, if they are kept.
             leave_out: Only count the batch as left out.
         """
         if leave_out:
             self.n_left_out += len(targets)
             return
-        relevant = relevant_channels(relevance, self.relevance_threshold)
         self.n_images.index_add_(0, targets, torch.ones_like(targets))
-        self.n_relevant.index_add_(0, targets, relevant.long())
-        self.window_sums.index_add_(0, targets, window_sums.double())
+        for counts, threshold in zip(self.counts, self.relevance_thresholds, strict=True):
+            counts.index_add_(0, targets, relevant_channels(relevance, threshold).int())
+        self.gradient_sums.index_add_(0, targets, gradient_sums.float())
+        self.relevance_sums.index_add_(0, targets, relevance.float())
+        if window_sums is not None:
+            self.window_sums.index_add_(0, targets, window_sums.double())
 
     def compute(self) -> ClassStatistics:
         """Counts and means over all batches (and processes)."""
-        per_class = self.n_images.clamp(min=1)[:, None, None]
-        means = self.window_sums / per_class
-        return ClassStatistics(self.n_images.cpu(), self.n_relevant.cpu(), means.cpu(), int(self.n_left_out))
+        means = self.window_sums / self.n_images.clamp(min=1)[:, None, None]
+        directions = torch.where(self.gradient_sums < 0, -1, 1).to(torch.int8)
+        return ClassStatistics(
+            self.n_images.cpu(),
+            self.relevance_thresholds,
+            self.counts.cpu(),
+            directions.cpu(),
+            (self.relevance_sums > 0).cpu(),
+            means.cpu() if self._has_windows else None,
+            int(self.n_left_out),
+        )
 
 
 class Samples:

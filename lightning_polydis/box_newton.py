@@ -1,0 +1,141 @@
+"""Batched minimisation of hinged least squares over a box: projected Newton with an active set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_STEPS = 100
+TOLERANCE = 1e-9
+"""Largest projected gradient of a solution, relative to the largest gradient at the start."""
+
+RIDGE = 1e-9
+SUFFICIENT_DECREASE = 1e-4
+SHORTEST_STEP = 2.0**-30
+
+
+@dataclass(frozen=True)
+class HingedLeastSquares:
+    r"""Problems of one size: minimise :math:`\sum_r w_r \psi_r(y_r \cdot m - g_r)` over :math:`m \in [0, 1]^I`.
+
+    :math:`\psi_r(e)` is :math:`e^2` for two-sided rows and :math:`\max(e, 0)^2` for the others, so the loss is convex
+    and has a piecewise constant second derivative.
+
+    Attributes:
+        rows: :math:`y`, ``[Q, R, I]``, ``float64``.
+        goals: :math:`g`, ``[Q, R]``.
+        weights: :math:`w`, not negative, ``[Q, R]``.
+        two_sided: ``[Q, R]``, boolean.
+    """
+
+    rows: Tensor
+    goals: Tensor
+    weights: Tensor
+    two_sided: Tensor
+
+    def __getitem__(self, problems: Tensor) -> HingedLeastSquares:
+        """Some of the problems."""
+        parts = (self.rows, self.goals, self.weights, self.two_sided)
+        return HingedLeastSquares(*(part[problems] for part in parts))
+
+    def errors(self, solution: Tensor) -> Tensor:
+        """:math:`e`, zero where the hinge is idle: ``[Q, R]``."""
+        errors = (self.rows @ solution[..., None])[..., 0] - self.goals
+        return torch.where(self.two_sided, errors, errors.clamp(min=0))
+
+    def loss(self, errors: Tensor) -> Tensor:
+        """``[Q]``."""
+        return (self.weights * errors**2).sum(1)
+
+    def gradient(self, errors: Tensor) -> Tensor:
+        """``[Q, I]``."""
+        return 2 * ((self.weights * errors)[:, None] @ self.rows)[:, 0]
+
+    def curvature(self, errors: Tensor) -> Tensor:
+        """Second derivative on the active rows, ``[Q, I, I]``."""
+        active = 2 * self.weights * (self.two_sided | (errors > 0))
+        return self.rows.mT @ (active[..., None] * self.rows)
+
+
+@dataclass(frozen=True)
+class BoxSolution:
+    """Solutions and how good they are.
+
+    Attributes:
+        values: ``[Q, I]``, in [0, 1].
+        optimality: Largest projected gradient, relative to the largest gradient at the start, ``[Q]``.
+        n_steps: Steps that the slowest problem took.
+    """
+
+    values: Tensor
+    optimality: Tensor
+    n_steps: int
+
+
+def minimise_in_box(problem: HingedLeastSquares, tolerance: float = TOLERANCE) -> BoxSolution:
+    """Solve all problems together; those that are done drop out.
+
+    Each step is a Newton step on the variables that are not held at a bound, shortened until the loss falls (Bertsekas,
+    *Projected Newton methods for optimization problems with simple constraints*, SIAM J. Control Optim. 20, 1982).
+    Starts from all ones: a variable that nothing depends on stays there.
+
+    Args:
+        problem: The problems.
+        tolerance: See `TOLERANCE`.
+    """
+    n_problems, _, n_variables = problem.rows.shape
+    values = problem.rows.new_ones(n_problems, n_variables)
+    optimality = problem.rows.new_zeros(n_problems)
+    first: Tensor | None = None
+    open_ = torch.arange(n_problems, device=values.device)
+    n_steps = 0
+    for n_steps in range(MAX_STEPS + 1):
+        current = values[open_]
+        errors = problem.errors(current)
+        gradient = problem.gradient(errors)
+        if first is None:
+            first = gradient.abs().amax(1).clamp(min=torch.finfo(gradient.dtype).tiny)
+        projected = _projected(current, gradient)
+        optimality[open_] = projected.abs().amax(1) / first[open_]
+        going = optimality[open_] > tolerance
+        if not bool(going.any()) or n_steps == MAX_STEPS:
+            break
+        if not bool(going.all()):
+            problem, open_ = problem[going], open_[going]
+            current, errors, gradient, projected = (part[going] for part in (current, errors, gradient, projected))
+        step = _newton_step(problem.curvature(errors), projected)
+        values[open_] = _shortened(problem, current, gradient, step, problem.loss(errors))
+    return BoxSolution(values, optimality, n_steps)
+
+
+def _projected(values: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient without what points out of the box."""
+    held = ((values <= 0) & (gradient > 0)) | ((values >= 1) & (gradient < 0))
+    return gradient.masked_fill(held, 0)
+
+
+def _newton_step(curvature: Tensor, projected: Tensor) -> Tensor:
+    """Newton step on the free variables, zero on the others."""
+    free = projected != 0
+    both = free[:, :, None] & free[:, None]
+    diagonal = curvature.diagonal(dim1=1, dim2=2)
+    lift = torch.where(free, RIDGE * diagonal.amax(1, keepdim=True) + torch.finfo(diagonal.dtype).tiny, 1)
+    system = torch.where(both, curvature, 0) + torch.diag_embed(lift)
+    factor, _ = torch.linalg.cholesky_ex(system)
+    return -torch.cholesky_solve(projected[..., None], factor)[..., 0]
+
+
+def _shortened(problem: HingedLeastSquares, start: Tensor, gradient: Tensor, step: Tensor, loss: Tensor) -> Tensor:
+    """Go along the step, bent at the bounds, as far as the loss falls sufficiently."""
+    reached, todo = start.clone(), torch.arange(len(start), device=start.device)
+    length = 1.0
+    while len(todo) and length >= SHORTEST_STEP:
+        tried = (start[todo] + length * step[todo]).clamp(0, 1)
+        part = problem if len(todo) == len(start) else problem[todo]
+        expected = (gradient[todo] * (tried - start[todo])).sum(1)
+        falls = part.loss(part.errors(tried)) <= loss[todo] + SUFFICIENT_DECREASE * expected
+        reached[todo[falls]] = tried[falls]
+        todo, length = todo[~falls], length / 2
+    return reached

@@ -1,0 +1,249 @@
+"""Class-conditional relevance vectors, streamed: sums for some (class, channel) entries, never for all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+N_GROUPS = 8
+"""Groups of images that sums are kept for, so that it can be told how sure a mean is."""
+
+FREE = -1
+
+
+class ClassVectors:
+    """What `RelevanceVectors` has summed up (no dataclass, as `statistics.ClassStatistics`).
+
+    Args:
+        keys: ``class * n_channels + channel`` of each entry, ``[N]``, integer; an entry may appear once per process.
+        sums: Sum of the images' relevance vectors, ``[N, G, I]``, by group of images.
+        counts: Images in each sum, ``[N, G]``.
+        n_channels: Output channels of the layer.
+        n_closed: Entries that were given up for lack of memory.
+    """
+
+    def __init__(self, keys: Tensor, sums: Tensor, counts: Tensor, n_channels: int, n_closed: int = 0) -> None:
+        merged, place = keys.unique(return_inverse=True)
+        if len(merged) < len(keys):  # several processes
+            sums = sums.new_zeros(len(merged), *sums.shape[1:]).index_add_(0, place, sums)
+            counts = counts.new_zeros(len(merged), counts.shape[1]).index_add_(0, place, counts)
+        else:
+            order = keys.argsort()
+            sums, counts = sums[order], counts[order]
+        self._rows = {key: row for row, key in enumerate(merged.tolist())}
+        self._sums, self._counts = sums, counts
+        self._n_channels = n_channels
+        self._classes: dict[int, list[int]] = {}
+        for key in self._rows:
+            self._classes.setdefault(key % n_channels, []).append(key // n_channels)
+        self.n_closed = n_closed
+
+    def classes(self, channel: int) -> list[int]:
+        """Classes that have an entry for a channel, ascending."""
+        return self._classes.get(channel, [])
+
+    def known(self, num_classes: int) -> Tensor:
+        """Which entries there are, ``[K, C]``, boolean."""
+        there = torch.zeros(num_classes * self._n_channels, dtype=torch.bool)
+        there[list(self._rows)] = True
+        return there.view(num_classes, self._n_channels)
+
+    def groups(self, channel: int, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Sums ``[T, G, I]``, ``float64``, and numbers of images ``[T, G]`` of a channel's entries for some classes."""
+        rows = [self._rows[label * self._n_channels + channel] for label in classes]
+        return self._sums[rows].double(), self._counts[rows]
+
+    def means(self, channel: int, classes: Sequence[int]) -> Tensor:
+        """Mean relevance vectors of a channel for some classes, ``[T, I]``, ``float64``."""
+        sums, counts = self.groups(channel, classes)
+        return sums.sum(1) / counts.sum(1).clamp(min=1)[:, None]
+
+
+class RelevanceVectors(Metric):
+    r"""Means over a class's images of `layers.source_relevances`, for the entries that matter, within a fixed memory.
+
+    An entry is a class and a channel. As many classes as fit into half of the memory have entries for all channels,
+    from their first image on (all classes, if all fit); which classes these are does not depend on their order. For
+    the other classes an entry is opened when the channel is first relevant for an image of the class. When the memory
+    is full, the half of those entries that were relevant least often is given up.
+
+    An entry takes ``groups x inputs x 4`` bytes. For each batch ask which entries are ``wanted``, then ``update``.
+
+    Args:
+        num_classes: Number of classes.
+        n_channels: Output channels of the layer.
+        n_inputs: Input channels that each of them reads.
+        max_bytes: Memory for the sums.
+        n_groups: Groups of images that sums are kept for.
+
+    Example:
+        >>> import torch
+        >>> vectors = RelevanceVectors(num_classes=2, n_channels=3, n_inputs=2, max_bytes=2**20)
+        >>> targets = torch.tensor([1])
+        >>> images, channels = vectors.wanted(torch.tensor([[True, False, False]]), targets)
+        >>> vectors.update(torch.ones(len(images), 2), images, channels, targets)
+        >>> vectors.compute().means(0, [1])
+        tensor([[1., 1.]], dtype=torch.float64)
+    """
+
+    full_state_update = False
+    keys: list[Tensor]
+    sums: list[Tensor]
+    counts: list[Tensor]
+    n_closed: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        n_channels: int,
+        n_inputs: int,
+        max_bytes: float,
+        n_groups: int = N_GROUPS,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(compute_with_cache=False, **kwargs)
+        self.n_channels, self.n_inputs, self.n_groups = n_channels, n_inputs, n_groups
+        self.max_entries = int(max_bytes // (4 * n_inputs * n_groups))
+        everything = num_classes * n_channels <= self.max_entries
+        self.max_full = num_classes if everything else self.max_entries // (2 * n_channels)
+        for name in ("keys", "sums", "counts"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+        self.add_state("n_closed", torch.tensor(0), dist_reduce_fx="sum")
+        # A fixed order of preference, unrelated to the order in which classes are numbered or seen.
+        self._rank = torch.randperm(num_classes, generator=torch.Generator().manual_seed(0)).tolist()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._slots = torch.empty(0)  # row of each entry, [K, C], or FREE
+        self._hits = torch.empty(0)  # how often the channel was relevant, [rows]
+        self._n_rows = 0
+        self._seen: dict[int, int] = {}  # images of each class
+        self._full: set[int] = set()  # classes with entries for all channels
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._forget()
+
+    def wanted(self, relevant: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Open entries as a batch asks for, and say which images and channels have one.
+
+        Args:
+            relevant: Which channels are relevant for which image, ``[B, C]``, boolean.
+            targets: Class indices, ``[B]``, integer.
+
+        Returns:
+            Place of the image in the batch and channel of each wanted pair, ``[n]`` each, images ascending.
+        """
+        if not self.keys:
+            self._make_room(relevant.device)
+        for label in sorted(set(targets.tolist()) - set(self._seen), key=self._rank.__getitem__):
+            self._meet(label)
+        missing = relevant & (self._slots[targets] == FREE)
+        images, channels = missing.nonzero(as_tuple=True)
+        if len(images):
+            self._open((targets[images] * self.n_channels + channels).unique())
+        rows = self._slots[targets]
+        hits = (relevant & (rows != FREE)).nonzero(as_tuple=True)
+        self._hits.index_add_(0, rows[hits], torch.ones_like(rows[hits], dtype=self._hits.dtype))
+        return (rows != FREE).nonzero(as_tuple=True)  # type: ignore[return-value]
+
+    def _make_room(self, device: torch.device) -> None:
+        self.keys.append(torch.empty(0, dtype=torch.long, device=device))
+        self.sums.append(torch.empty(0, self.n_groups, self.n_inputs, device=device))
+        self.counts.append(torch.empty(0, self.n_groups, device=device))
+        self._hits = torch.empty(0, device=device)
+        self._slots = torch.full((len(self._rank), self.n_channels), FREE, device=device)
+
+    def _meet(self, label: int) -> None:
+        """Give a class entries for all channels, if its turn comes before that of another one."""
+        self._seen[label] = 0
+        if len(self._full) >= self.max_full:
+            last = max(self._full, key=self._rank.__getitem__, default=label)
+            if self._rank[label] >= self._rank[last]:
+                return
+            self._full.discard(last)
+            own = self._slots[last][self._slots[last] != FREE]
+            self._close(own[self._hits[own] == 0])
+        self._full.add(label)
+        row = torch.arange(self.n_channels, device=self._slots.device)
+        self._open((label * self.n_channels + row)[self._slots[label] == FREE])
+
+    def _open(self, keys: Tensor) -> None:
+        """New entries, as far as there is room."""
+        if self._n_rows + len(keys) > self.max_entries:
+            self._close_unlikely()
+        keys = keys[: self.max_entries - self._n_rows]
+        rows = torch.arange(self._n_rows, self._n_rows + len(keys), device=keys.device)
+        self._grow(self._n_rows + len(keys))
+        self.keys[0][rows] = keys
+        self._slots.view(-1)[keys] = rows
+        self._n_rows += len(keys)
+
+    def _grow(self, n_rows: int) -> None:
+        capacity = len(self.keys[0])
+        if n_rows > capacity:
+            extra = min(max(n_rows, 2 * capacity), self.max_entries) - capacity
+            self.keys[0] = torch.cat([self.keys[0], self.keys[0].new_full((extra,), FREE)])
+            self.sums[0] = _with_zeros(self.sums[0], extra)
+            self.counts[0] = _with_zeros(self.counts[0], extra)
+            self._hits = _with_zeros(self._hits, extra)
+
+    def _close_unlikely(self) -> None:
+        """Give up the half of the entries, outside of the full classes, that was relevant least often."""
+        keys = self.keys[0][: self._n_rows]
+        full = torch.tensor(sorted(self._full), dtype=torch.long, device=keys.device)
+        loose = (~torch.isin(keys // self.n_channels, full)).nonzero()[:, 0]
+        seen = torch.zeros(len(self._rank), device=keys.device)
+        seen[list(self._seen)] = torch.tensor(list(self._seen.values()), dtype=seen.dtype, device=keys.device)
+        # Of all images of the class, or an entry that was opened by the last one would look like a sure thing.
+        share = self._hits[loose] / seen[keys[loose] // self.n_channels].clamp(min=1)
+        unlikely = loose[share.argsort(stable=True)[: (len(loose) + 1) // 2]]
+        self.n_closed += len(unlikely)
+        self._close(unlikely)
+
+    def _close(self, rows: Tensor) -> None:
+        stays = torch.ones(self._n_rows, dtype=torch.bool, device=rows.device)
+        stays[rows] = False
+        kept = stays.nonzero()[:, 0]
+        self.keys[0], self.sums[0] = self.keys[0][kept], self.sums[0][kept]
+        self.counts[0], self._hits = self.counts[0][kept], self._hits[kept]
+        self._n_rows = len(kept)
+        self._slots.fill_(FREE)
+        self._slots.view(-1)[self.keys[0]] = torch.arange(self._n_rows, device=rows.device)
+
+    def update(self, vectors: Tensor, images: Tensor, channels: Tensor, targets: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            vectors: Relevance vector of each wanted pair, ``[n, I]``.
+            images: As ``wanted`` gave them, ``[n]``.
+            channels: Likewise, ``[n]``.
+            targets: Class indices, ``[B]``, integer.
+        """
+        groups = torch.tensor([self._next_group(label) for label in targets.tolist()], device=targets.device)
+        places = self._slots[targets[images], channels] * self.n_groups + groups[images]
+        self.sums[0].view(-1, self.n_inputs).index_add_(0, places, vectors.to(self.sums[0].dtype))
+        self.counts[0].view(-1).index_add_(0, places, torch.ones_like(places, dtype=self.counts[0].dtype))
+
+    def _next_group(self, label: int) -> int:
+        seen = self._seen[label]
+        self._seen[label] = seen + 1
+        return seen % self.n_groups
+
+    def compute(self) -> ClassVectors:
+        """The sums of all processes, on the CPU."""
+        keys, sums, counts = (dim_zero_cat(state).cpu() for state in (self.keys, self.sums, self.counts))
+        used = keys != FREE
+        return ClassVectors(keys[used], sums[used], counts[used], self.n_channels, int(self.n_closed))
+
+
+def _with_zeros(values: Tensor, extra: int) -> Tensor:
+    return torch.cat([values, values.new_zeros(extra, *values.shape[1:])])
