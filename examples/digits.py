@@ -125,7 +125,7 @@ def main(epochs: int = 15, output_dir: str | Path = "demo_logs") -> Outcome:
     images, targets = test.tensors
 
     module, trained = DigitClassifier(), LogitsBeforeSplit(images)
-    disentanglement = ChannelDisentanglement(LAYER, method="paper", split=True)
+    disentanglement = ChannelDisentanglement(LAYER, split=True)
     logger = TensorBoardLogger(output_dir, name="digits")
     console.print(f"Training on {len(train)} images for {epochs} epochs ...")
     with lightning_kept_quiet():

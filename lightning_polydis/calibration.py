@@ -33,14 +33,14 @@ def calibrated_thresholds(
     (its relevance is positive on average), is relevant for at most one of them, so that the pairs in question are not
     compared with themselves, and both vectors are known well enough. A pair of classes counts as two concepts if it is
 
-    * at least as unlike as two arbitrary classes typically are for this channel (the median), so a channel that reads
-      different sources for all classes alike is not flagged for it, and
-    * as unlike as the most unlike tenth of arbitrary pairs in the whole layer, or below 0.5, so a channel whose classes
-      differ in a trifle is not flagged either, and
+    * at least as unlike as two arbitrary classes typically are for this channel (the median), and as unlike as the most
+      unlike tenth of arbitrary pairs in the whole layer; or, where those are not alike themselves, below 0.5, which is
+      low in any layer; and
     * more unlike than two halves of one class are: noise is taken out of all these similarities, after which two halves
       give 1, and the pair's interval must end below 1 (that last rule is `detection`'s).
 
-    Channels with fewer than ten arbitrary pairs take the layer's median.
+    So the threshold is :math:`\max(0.5, \min(\text{median}_c, q_{0.1}))`. Channels with fewer than ten arbitrary pairs
+    take the layer's median.
 
     Args:
         vectors: Relevance vectors of the layer.
@@ -55,13 +55,13 @@ def calibrated_thresholds(
     everything = np.concatenate([np.empty(0), *found.values()])
     if not len(everything):
         return dict.fromkeys(found, ABSOLUTE)
-    low = max(float(np.quantile(everything, LOW_QUANTILE)), ABSOLUTE)
+    low = float(np.quantile(everything, LOW_QUANTILE))
     layer_median = float(np.median(everything))
     medians = {
         channel: float(np.median(values)) if len(values) >= MIN_PAIRS else layer_median
         for channel, values in found.items()
     }
-    return {channel: min(median, low) for channel, median in medians.items()}
+    return {channel: max(min(median, low), ABSOLUTE) for channel, median in medians.items()}
 
 
 def _arbitrary_similarities(vectors: ClassVectors, relevant: Tensor, helpful: Tensor, channel: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_polydis._checks import InputError, check_positive_int
 from lightning_polydis.analysis import ChannelAnalysis
-from lightning_polydis.loggers import log_report, log_split_quality, show_report
+from lightning_polydis.loggers import log_report, log_split_quality, log_sweeps, show_report
 from lightning_polydis.plan import SplitPlan
 from lightning_polydis.settings import AnalysisSettings
 from lightning_polydis.split_analysis import SplitAnalysis
@@ -329,6 +329,7 @@ class ChannelDisentanglement(Callback):
                 self._save(trainer, self._report, "report.json")
                 self._save(trainer, plan, "split_plan.json")
                 log_report(trainer.loggers, self._report, self._analysed_step)  # once more, with the splits' quality
+                log_sweeps(trainer.loggers, self._report, self._analysed_step)
             show_report(self._report)
         return plan
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from itertools import product
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
+
+from lightning_polydis.figures import sweep_figure
+from lightning_polydis.sweep import sweep_markdown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,6 +38,24 @@ def log_report(loggers: Iterable[Logger], report: PolysemanticityReport, step: i
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(tag, report.to_markdown(MAX_ROWS), step)
+
+
+def log_sweeps(loggers: Iterable[Logger], report: PolysemanticityReport, step: int) -> None:
+    """Write what other settings would have found into every TensorBoard logger: a table, with matplotlib a picture.
+
+    Args:
+        loggers: The loggers of a run.
+        report: The report.
+        step: Global step of the analysis.
+    """
+    boards = [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+    suggested = report.suggest_settings() if boards else None
+    for sweep, board in product(report.sweeps, boards):
+        tag = f"polydis/{sweep.layer}/settings"
+        text = f"Suggested: `{suggested.arguments()}`. {suggested.reason}" if suggested else ""
+        board.add_text(tag, f"{text}\n\n{sweep_markdown(sweep)}", step)
+        with suppress(ModuleNotFoundError):  # without matplotlib the table has to do
+            board.add_figure(tag, sweep_figure(sweep, report.settings), step)
 
 
 def log_split_quality(pl_module: LightningModule, qualities: Sequence[SplitQuality]) -> None:

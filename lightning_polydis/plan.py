@@ -95,7 +95,7 @@ class ChannelSplit:
             [[int(index) for index in concept] for concept in content["concepts"]],
             torch.tensor(content["membership"], dtype=torch.float32),
             content["rho"],
-            content["directions"],
+            content.get("directions"),
         )
 
 

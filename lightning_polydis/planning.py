@@ -63,9 +63,15 @@ class LayerEvidence:
         """The samples that judge splits; `None` if there are none that took no part in choosing."""
         return self.samples.halves()[1] if self.samples is not None and self.holds_out else None
 
-    def relevant(self) -> Tensor:
-        """Which channels are relevant for which class and have vectors to compare, ``[K, C]``, boolean."""
-        relevant = self.statistics.relevant(self.settings.class_fraction)
+    def relevant(self, class_fraction: float | None = None, threshold: int = 0) -> Tensor:
+        """Which channels are relevant for which class and have vectors to compare, ``[K, C]``, boolean.
+
+        Args:
+            class_fraction: `None`: that of the settings.
+            threshold: Which of the statistics' relevance thresholds.
+        """
+        fraction = self.settings.class_fraction if class_fraction is None else class_fraction
+        relevant = self.statistics.relevant(fraction, threshold)
         return relevant if self.vectors is None else relevant & self.vectors.known(len(relevant))
 
     def similarities(self, channel: int, classes: Sequence[int]) -> Similarities:

@@ -17,6 +17,7 @@ from lightning_polydis.evaluation import SplitQuality
 from lightning_polydis.layers import find_layer
 from lightning_polydis.plan import SplitPlan
 from lightning_polydis.planning import LayerEvidence, judge_splits, plan_splits
+from lightning_polydis.sweep import LayerSweep, SuggestedSettings, suggest_settings, sweep_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -113,6 +114,7 @@ class PolysemanticityReport:
     notes: list[str] = field(default_factory=list)
     _evidence: dict[str, LayerEvidence] | None = field(default=None, repr=False)
     _saved_quality: list[SplitQuality] | None = field(default=None, repr=False)
+    _saved_sweeps: list[LayerSweep] | None = field(default=None, repr=False)
 
     @cached_property
     def plan(self) -> SplitPlan | None:
@@ -136,9 +138,26 @@ class PolysemanticityReport:
             quality for layer in plan.layers for quality in judge_splits(self._evidence[layer], plan.of_layer(layer))
         ]
 
+    @cached_property
+    def sweeps(self) -> list[LayerSweep]:
+        """What other settings would have found, one for each layer; counted when first asked for.
+
+        Raises:
+            ValueError: If the report was loaded from a file that holds none.
+        """
+        if self._saved_sweeps is not None:
+            return self._saved_sweeps
+        if self._evidence is None:
+            raise InputError("This report was loaded from a file that holds no sweep. Run the analysis again.")
+        return [sweep_layer(evidence) for evidence in self._evidence.values()]
+
+    def suggest_settings(self) -> SuggestedSettings:
+        """Settings that suit these layers and data, and why, from the `sweeps`."""
+        return suggest_settings(self.sweeps, self.settings)
+
     def judge(self) -> None:
-        """Measure the quality of the plan's splits now, so that tables and files show it."""
-        _ = self.quality
+        """Count the sweeps and measure the quality of the plan's splits now, so that tables and files show them."""
+        _ = self.quality, self.sweeps
 
     def plan_pairs(self, pairs: Iterable[tuple[str, int, int, int]]) -> SplitPlan:
         """Plan splits of chosen channels between two classes each, flagged or not (the paper's case).
@@ -216,8 +235,9 @@ class PolysemanticityReport:
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, without the calibration samples; the file appears whole or not at all.
 
-        The quality of the splits is included if it was asked for before (`quality` or `judge`).
+        The quality of the splits and the sweeps are included if they were asked for before (`judge` asks for both).
         """
+        has_sweeps = "sweeps" in self.__dict__ or self._saved_sweeps is not None
         has_quality = "quality" in self.__dict__ or self._saved_quality is not None
         content = {
             "settings": self.settings,
@@ -229,6 +249,7 @@ class PolysemanticityReport:
             "channels": [asdict(channel) for channel in self.channels],
             "pairs": [asdict(pair) for pair in self.pairs],
             "quality": [quality.to_json() for quality in self.quality] if has_quality else None,
+            "sweeps": [sweep.to_json() for sweep in self.sweeps] if has_sweeps else None,
         }
         write_json(path, "report", content)
 
@@ -245,7 +266,9 @@ class PolysemanticityReport:
     def to_markdown(self, max_rows: int | None = None) -> str:
         """The report as markdown: a summary of each layer and a table of the polysemantic channels.
 
-        The table shows the quality of the splits if it was asked for before (`quality` or `judge`).
+        Reliability: how well the relevance vectors are known, 0 to 1. Clear: whether the interval of a similarity lies
+        below the threshold as a whole. The table shows the quality of the splits if it was asked for before (`quality`
+        or `judge`).
 
         Args:
             max_rows: Rows of the table at most; `None`: all.
@@ -262,7 +285,7 @@ class PolysemanticityReport:
 
     def to_table(self, max_rows: int = 20) -> Table:
         """The polysemantic channels as a `rich` table that fits a narrow console."""
-        header, rows = self._rows()
+        header, rows = _narrowed(*self._rows())
         n_found, n_images = len(self.channels), self.n_images
         table = Table(title=f"{n_found} polysemantic channel{'s' * (n_found != 1)} ({n_images} images)")
         first = 1 if len(self.layers) == 1 else 0  # the caption names a single layer
@@ -274,6 +297,8 @@ class PolysemanticityReport:
         for row in rows[:max_rows]:
             table.add_row(*map(escape, row[first:]))
         more = [f"{len(rows) - max_rows} more in the report."] if len(rows) > max_rows else []
+        if any(row[3].endswith("~") for row in rows):
+            more.append("~: the interval of the similarity reaches up to the threshold.")
         table.caption = escape("\n".join([*more, *(_summary_line(layer) for layer in self.layers), *self.notes]))
         return table
 
@@ -293,6 +318,7 @@ class PolysemanticityReport:
 
     def _rows(self) -> tuple[list[str], list[list[str]]]:
         header = ["layer", "channel", "concepts", "cosine similarity"]
+        measured_well = ["reliability", "clear"] if any(found.is_clear is not None for found in self.channels) else []
         qualities = self.__dict__.get("quality", self._saved_quality) or []  # only if it was asked for
         measured = {(quality.layer, quality.channel): quality for quality in qualities}
         figures = ["distortion", "leak", "spurious", "auroc"] if measured else []
@@ -300,10 +326,11 @@ class PolysemanticityReport:
         for found in self.channels:
             concepts = " / ".join(self._concept_text(concept) for concept in found.concepts)
             row = [found.layer, str(found.channel), concepts, f"{found.cosine_similarity:.2f}"]
+            row += [_figure(found.reliability), "yes" if found.is_clear else "no"] if measured_well else []
             quality = measured.get((found.layer, found.channel))
             row += [_figure(None if quality is None else quality.mean(name)) for name in figures]
             rows.append(row)
-        return header + figures, rows
+        return header + measured_well + figures, rows
 
     def _concept_text(self, concept: Sequence[int], max_names: int = 4) -> str:
         names = [self.label(index) for index in concept[:max_names]]
@@ -317,6 +344,14 @@ def _summary_line(layer: LayerSummary) -> str:
         f"{layer.n_candidates} candidates, {layer.n_pairs} of {layer.n_candidate_pairs} class pairs flagged, "
         f"cosine similarity {layer.min_cosine:.2f} to {layer.max_cosine:.2f}, mean {layer.mean_cosine:.2f}."
     )
+
+
+def _narrowed(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The table without the columns on how sure a flag is; a mark at the similarity stands for them."""
+    if "clear" not in header:
+        return header, rows
+    marked = [[*row[:3], row[3] + ("" if row[5] == "yes" else " ~"), *row[6:]] for row in rows]
+    return header[:4] + header[6:], marked
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -333,7 +368,7 @@ def _pair_from_json(content: dict[str, Any]) -> PolysemanticPair:
 
 
 def _report_from_json(document: dict[str, Any]) -> PolysemanticityReport:
-    quality = document["quality"]
+    quality, sweeps = document["quality"], document["sweeps"]
     return PolysemanticityReport(
         layers=[LayerSummary(**layer) for layer in document["layers"]],
         channels=[PolysemanticChannel(**channel) for channel in document["channels"]],
@@ -344,4 +379,5 @@ def _report_from_json(document: dict[str, Any]) -> PolysemanticityReport:
         class_names=document["class_names"],
         notes=document["notes"],
         _saved_quality=None if quality is None else [SplitQuality.from_json(entry) for entry in quality],
+        _saved_sweeps=None if sweeps is None else [LayerSweep(**sweep) for sweep in sweeps],
     )

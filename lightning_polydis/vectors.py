@@ -240,6 +240,8 @@ class RelevanceVectors(Metric):
 
     def compute(self) -> ClassVectors:
         """The sums of all processes, on the CPU."""
+        if not len(self.keys):  # not a single usable batch
+            self._make_room(torch.device("cpu"))
         keys, sums, counts = (dim_zero_cat(state).cpu() for state in (self.keys, self.sums, self.counts))
         used = keys != FREE
         return ClassVectors(keys[used], sums[used], counts[used], self.n_channels, int(self.n_closed))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_polydis import ChannelDisentanglement, SplitConv2d, SplitPlan, disentangle
 from tests.networks import Classifier, conv_relu_net, loader, make_images, train_briefly
@@ -28,6 +29,24 @@ def make_trainer(folder: Path, callback: ChannelDisentanglement, **kwargs: bool)
     )
 
 
+def shared_classes() -> tuple[Tensor, Tensor]:
+    """Class by class, so that each process sees every other image of each class."""
+    images, targets = make_images(n=64)
+    order = targets.argsort(stable=True)
+    return images[order], targets[order]
+
+
+def analyse(folder: Path) -> None:
+    """The settings that a user who sets nothing gets, but for two thresholds that suit so small a network."""
+    torch.manual_seed(5)
+    module = Classifier(train_briefly(conv_relu_net()))
+    callback = ChannelDisentanglement("net.2", relevance_threshold=0.02, class_fraction=0.3)
+    trainer = make_trainer(folder, callback)
+    trainer.validate(module, DataLoader(TensorDataset(*shared_classes()), 8), verbose=False)
+    callback.report.save(folder / f"shared_report_{trainer.global_rank}.json")
+    callback.plan.save(folder / f"shared_plan_{trainer.global_rank}.json")
+
+
 def main(folder: Path, loop: str) -> None:
     torch.manual_seed(0)
     module = Classifier(train_briefly(conv_relu_net()))
@@ -45,6 +64,7 @@ def main(folder: Path, loop: str) -> None:
     else:
         getattr(trainer, loop)(module, loader(batch_size=8), verbose=False)
         judge(trainer, module, callback.plan, folder)
+        analyse(folder)
     rank = trainer.global_rank
     callback.report.save(folder / f"report_{rank}.json")
     callback.plan.save(folder / f"plan_{rank}.json")

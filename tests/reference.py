@@ -3,6 +3,7 @@
 import copy
 from itertools import combinations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -150,3 +151,133 @@ def sources(vectors: list[Tensor], rho: float) -> list[set[int]]:
         if not any(k in concept for concept in kept):
             kept[0].add(k)
     return kept
+
+
+def class_arv(net, layer, images, targets, label, channel) -> Tensor:
+    """Relevance of each input for the class's logit through one channel, mean over the class's images: [I]."""
+    net = copy.deepcopy(net).double().eval()
+    weight = net.get_submodule(layer).weight
+    own = images[targets == label]
+    total = 0
+    for image in own:
+        (gradient,) = torch.autograd.grad(net(image[None].double())[0, label], weight)
+        product = (weight * gradient)[channel].detach()
+        total = total + product.reshape(len(product), -1).sum(1)
+    return total / len(own)
+
+
+def class_pairs(net, layer, images, targets, tau, p, gamma) -> dict[tuple[int, int, int], float]:
+    """Pairs by class-conditional vectors: (channel, A, B) -> cosine."""
+    pairs = {}
+    for channel, classes in relevant_classes(net, layer, images, targets, tau, p).items():
+        vectors = {label: class_arv(net, layer, images, targets, label, channel) for label in classes}
+        for a, b in combinations(classes, 2):
+            cosine = float(F.cosine_similarity(vectors[a], vectors[b], dim=0))
+            if cosine < gamma:
+                pairs[channel, a, b] = cosine
+    return pairs
+
+
+def direction(net, layer, images, targets, label, channel) -> int:
+    """Sign of the class's gradient at the channel, summed over positions and images."""
+    total = 0.0
+    for image in images[targets == label]:
+        _, z, logits = captured(net, layer, image)
+        logits[0, label].backward()
+        total += float(summed(net.get_submodule(layer), z.grad[0])[channel])
+    return -1 if total < 0 else 1
+
+
+def noiseless_square(sums: list[Tensor], counts: list[float]) -> float:
+    """Squared length of a mean, from products of different groups only."""
+    above = sum(float(a @ b) for i, a in enumerate(sums) for j, b in enumerate(sums) if i != j)
+    return above / sum(a * b for i, a in enumerate(counts) for j, b in enumerate(counts) if i != j)
+
+
+def corrected_similarity(a, n_a, b, n_b) -> float:
+    """Of two means, each given by the sums of its groups and their numbers of images."""
+    product = float((sum(a) / sum(n_a)) @ (sum(b) / sum(n_b)))
+    return product / (noiseless_square(a, n_a) * noiseless_square(b, n_b)) ** 0.5
+
+
+def jackknife(a, n_a, b, n_b) -> tuple[float, float]:
+    """Corrected similarity without bias, and its standard deviation; groups are left out one by one."""
+    full = corrected_similarity(a, n_a, b, n_b)
+    bias = variance = 0.0
+    for which in ("a", "b"):
+        groups, n = (a, n_a) if which == "a" else (b, n_b)
+        without = []
+        for left_out in range(len(groups)):
+            rest = [value for g, value in enumerate(groups) if g != left_out]
+            rest_n = [value for g, value in enumerate(n) if g != left_out]
+            args = (rest, rest_n, b, n_b) if which == "a" else (a, n_a, rest, rest_n)
+            without.append(corrected_similarity(*args))
+        mean = sum(without) / len(without)
+        bias += (len(without) - 1) * (mean - full)
+        variance += (len(without) - 1) / len(without) * sum((value - mean) ** 2 for value in without)
+    return full - bias, variance**0.5
+
+
+def reliability(sums: list[Tensor]) -> float:
+    """Spearman and Brown, from the cosine of even and odd groups."""
+    even, odd = sum(sums[::2]), sum(sums[1::2])
+    cosine = max(float(even @ odd) / float(even.norm() * odd.norm()), 0.0)
+    return 2 * cosine / (1 + cosine)
+
+
+def calibrated_thresholds(sums, counts, relevant, helpful) -> list[float]:
+    """The rule of ``similarity_threshold="auto"``, with sums [K, C, G, I] and counts [K, C, G] for all entries."""
+    n_classes, n_channels = relevant.shape
+    arbitrary = []
+    for channel in range(n_channels):
+        values = []
+        for a, b in combinations(range(n_classes), 2):
+            groups = [list(sums[label, channel]) for label in (a, b)]
+            numbers = [counts[label, channel].tolist() for label in (a, b)]
+            good = all(helpful[label, channel] and reliability(list(sums[label, channel])) >= 0.5 for label in (a, b))
+            if good and not (relevant[a, channel] and relevant[b, channel]):
+                values.append(corrected_similarity(groups[0], numbers[0], groups[1], numbers[1]))
+        arbitrary.append(values)
+    everything = [value for values in arbitrary for value in values]
+    if not everything:
+        return [0.5] * n_channels
+    low = float(np.quantile(everything, 0.1))
+    own = [float(np.median(values if len(values) >= 10 else everything)) for values in arbitrary]
+    return [max(min(median, low), 0.5) for median in own]
+
+
+def membership_loss(layer, channel, concepts, directions, inputs, targets, concept, membership, leak_weight) -> Tensor:
+    """The loss of one concept's membership [I], term by term and image by image, each position by itself."""
+    weight, bias = layer.weight[channel].detach().double(), 0.0
+    if layer.bias is not None:
+        bias = float(layer.bias[channel].detach())
+    share = membership.double().view(-1, *[1] * (weight.ndim - 1))
+    terms = {"own": [], "leak": [], "others": []}
+    squares = {"own": [], "leak": []}
+    for x, target in zip(inputs.double(), targets.tolist(), strict=True):
+        z, d = (_channel_output(layer, row, bias, x) for row in (weight, weight * share))
+        owner = next((i for i, labels in enumerate(concepts) if target in labels), None)
+        s = directions[concept if owner is None else owner]
+        for z_p, d_p in zip(z, d, strict=True):
+            if owner == concept:
+                terms["own"].append((d_p - z_p) ** 2 if s * z_p > 0 else (s * d_p).clamp(min=0) ** 2)
+                squares["own"].append(max(s * float(z_p), 0.0) ** 2)
+            elif owner is not None:
+                terms["leak"].append((s * d_p).clamp(min=0) ** 2)
+                squares["leak"].append(max(s * float(z_p), 0.0) ** 2)
+            else:
+                terms["others"].append((s * d_p - max(s * float(z_p), 0.0)).clamp(min=0) ** 2)
+    scale = {name: sum(values) / len(values) if values else 0.0 for name, values in squares.items()}
+    total = membership.double().sum() * 0
+    for name, weight_of, by in (("own", 1, "own"), ("leak", leak_weight, "leak"), ("others", 1, "own")):
+        if terms[name] and scale[by] > 0:
+            total = total + weight_of * torch.stack(terms[name]).mean() / scale[by]
+    return total
+
+
+def _channel_output(layer, row: Tensor, bias: float, x: Tensor) -> Tensor:
+    """One channel on one image with other weights, [P], with a graph to the weights."""
+    if isinstance(layer, nn.Linear):
+        return (x.reshape(-1, x.shape[-1]) * row).sum(-1) + bias
+    windows = F.unfold(x[None], layer.kernel_size, layer.dilation, layer.padding, layer.stride)[0]
+    return (windows * row.flatten()[:, None]).sum(0) + bias

@@ -633,7 +633,7 @@ def test_a_plan_that_fails_does_not_end_the_training(module, monkeypatch, tmp_pa
     def fail(*args, **kwargs):
         raise OursError("no plan")
 
-    monkeypatch.setattr("lightning_polydis.report.plan_split", fail)
+    monkeypatch.setattr("lightning_polydis.report.plan_splits", fail)
     with pytest.warns(UserWarning, match="OursError: no plan"):
         make_trainer(tmp_path, callback_for(split=True)).fit(module, loader(), loader())
     assert isinstance(module.net[2], nn.Conv2d)

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import subprocess
@@ -8,34 +9,54 @@ import pytest
 import torch
 
 from lightning_polydis import PolysemanticityReport, SplitPlan, find_polysemantic_channels
+from tests.ddp_run import shared_classes
 from tests.networks import Classifier, conv_relu_net, make_batches, train_briefly
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("loop", ["validate", "fit"])
-def test_two_processes_find_what_one_finds(loop, tmp_path):
+def run(folder, loop):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "tests/ddp_run.py"), str(tmp_path), loop],
+    finished = subprocess.run(
+        [sys.executable, str(ROOT / "tests/ddp_run.py"), str(folder), loop],
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert run.returncode == 0, run.stderr[-3000:]
-    reports = [PolysemanticityReport.load(tmp_path / f"report_{rank}.json") for rank in (0, 1)]
-    plans = [SplitPlan.load(tmp_path / f"plan_{rank}.json") for rank in (0, 1)]
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder and printed text of each loop's run, which is made once."""
+
+    @functools.cache
+    def made(loop):
+        folder = tmp_path_factory.mktemp(loop)
+        return folder, run(folder, loop)
+
+    return made
+
+
+@pytest.mark.parametrize("loop", ["validate", "fit"])
+def test_two_processes_find_what_one_finds(loop, runs):
+    folder, printed = runs(loop)
+    reports = [PolysemanticityReport.load(folder / f"report_{rank}.json") for rank in (0, 1)]
+    plans = [SplitPlan.load(folder / f"plan_{rank}.json") for rank in (0, 1)]
     assert reports[0].pairs == reports[1].pairs
     assert plans[0] == plans[1]
-    assert run.stdout.count("polysemantic channels (48 images)") == 1, "one process reports"
+    assert printed.count("polysemantic channels (48 images)") == 1, "one process reports"
     if loop == "validate":
-        metrics = [json.loads((tmp_path / f"metrics_{rank}.json").read_text()) for rank in (0, 1)]
+        metrics = [json.loads((folder / f"metrics_{rank}.json").read_text()) for rank in (0, 1)]
         shared = [{name: value for name, value in m.items() if "split_" in name} for m in metrics]
         assert shared[0] == shared[1]
         assert "polydis/net.2/split_auroc" in shared[0]
-    weights = [torch.load(tmp_path / f"weights_{rank}.pt") for rank in (0, 1)]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    weights = [torch.load(folder / f"weights_{rank}.pt") for rank in (0, 1)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert torch.equal(value.nan_to_num(-1), weights[1][name].nan_to_num(-1)), name  # no rho is NaN
 
     torch.manual_seed(0)
     module = Classifier(train_briefly(conv_relu_net()))
@@ -60,3 +81,38 @@ def test_two_processes_find_what_one_finds(loop, tmp_path):
     assert found == [(pair.channel, pair.class_a, pair.class_b) for pair in expected.pairs]
     cosines = [[pair.cosine_similarity for pair in report.pairs] for report in (reports[0], expected)]
     assert cosines[0] == pytest.approx(cosines[1], abs=1e-6)
+
+
+def test_two_processes_that_share_every_class_calibrate_as_one_does(runs):
+    """Groups of images are formed in each process, so the one process sees the images of the first, then the others."""
+    folder, _ = runs("validate")
+    reports = [PolysemanticityReport.load(folder / f"shared_report_{rank}.json") for rank in (0, 1)]
+    plans = [SplitPlan.load(folder / f"shared_plan_{rank}.json") for rank in (0, 1)]
+    assert plans[0] == plans[1]
+    assert reports[0].pairs == reports[1].pairs
+    torch.manual_seed(5)
+    net = train_briefly(conv_relu_net())
+    images, targets = shared_classes()
+    order = torch.cat([torch.arange(0, 64, 2), torch.arange(1, 64, 2)])
+    settings = {"relevance_threshold": 0.02, "class_fraction": 0.3, "progress": False}
+    expected = find_polysemantic_channels(net, [(images[order], targets[order])], "2", **settings)
+    assert reports[0].n_images == expected.n_images == 64
+    assert len(expected.pairs) > 1
+    assert expected.channels[0].threshold > 0.505, "calibrated, not the fallback"
+
+    def figures(report):
+        return {
+            (pair.channel, pair.class_a, pair.class_b, pair.is_clear): [pair.cosine_similarity, *pair.interval]
+            for pair in report.pairs
+        }
+
+    found, alone = figures(reports[0]), figures(expected)
+    assert found.keys() == alone.keys()
+    for key, values in alone.items():
+        assert found[key] == pytest.approx(values, abs=1e-5)
+    measured = [
+        {channel.channel: channel.threshold for channel in report.channels} for report in (reports[0], expected)
+    ]
+    assert measured[0] == pytest.approx(measured[1], abs=1e-5)
+    known = [{channel.channel: channel.reliability for channel in report.channels} for report in (reports[0], expected)]
+    assert known[0] == pytest.approx(known[1], abs=1e-5)

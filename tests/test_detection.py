@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_polydis.detection import (
-    cosine_similarities,
-    detect,
-    group_classes,
-    relevant_classes,
-)
+from lightning_polydis.detection import SimilarityRule, averaged_relevance_vectors, detect, group_classes
 from lightning_polydis.functional import find_polysemantic_channels
+from lightning_polydis.similarity import Similarities, cosine_similarities, plain_similarities
 from lightning_polydis.statistics import ClassStatistics
 from tests import reference
 from tests.networks import BottleneckNet, conv_relu_net, make_batches, make_images, train_briefly
@@ -29,6 +25,7 @@ def test_the_list_of_pairs_is_the_papers(make, layer):
         net,
         make_batches(),
         layer,
+        method="paper",
         relevance_threshold=tau,
         class_fraction=p,
         similarity_threshold=gamma,
@@ -48,10 +45,11 @@ def test_the_list_of_pairs_is_the_papers(make, layer):
 
 @pytest.mark.parametrize(("n_relevant", "n_images", "fraction"), [(11, 20, 0.55), (29, 100, 0.29), (3, 4, 0.75)])
 def test_a_share_exactly_at_the_fraction_counts(n_relevant, n_images, fraction):
-    statistics = ClassStatistics(torch.tensor([n_images, 0]), torch.tensor([[n_relevant], [0]]), torch.zeros(2, 1, 1))
-    assert relevant_classes(statistics, fraction).tolist() == [[True], [False]]
-    fewer = ClassStatistics(torch.tensor([n_images, 0]), torch.tensor([[n_relevant - 1], [0]]), torch.zeros(2, 1, 1))
-    assert not relevant_classes(fewer, fraction).any()
+    counts = torch.tensor([[[n_relevant], [0]], [[n_relevant - 1], [0]]])
+    signs = torch.ones(2, 1)
+    statistics = ClassStatistics(torch.tensor([n_images, 0]), [0.1, 0.2], counts, signs, signs > 0, None)
+    assert statistics.relevant(fraction).tolist() == [[True], [False]]
+    assert not statistics.relevant(fraction, threshold=1).any()
 
 
 def test_a_vector_of_zeros_is_no_evidence():
@@ -90,25 +88,55 @@ def test_groups_are_those_of_complete_linkage_merged_by_hand():
     assert len(expected) > 1
 
 
-def planted(seed: int = 0):
+def planted():
     """One channel that reads sources 0-3 for classes 0 and 1, sources 4-7 for class 2; two quiet channels."""
     means = torch.zeros(4, 8, 1, dtype=torch.float64)
     means[0, :4, 0], means[1, :4, 0], means[2, 4:, 0] = 1, 0.9, 1
-    n_relevant = torch.zeros(4, 3, dtype=torch.long)
-    n_relevant[:3, 1] = 10
-    n_relevant[0, 2] = 10
-    weight = torch.ones(3, 8, 1)
-    return ClassStatistics(torch.tensor([10, 10, 10, 0]), n_relevant, means), weight
+    relevant = torch.zeros(4, 3, dtype=torch.bool)
+    relevant[:3, 1] = relevant[0, 2] = True
+    return relevant, averaged_relevance_vectors(torch.ones(8, 1), means)
 
 
 def test_a_planted_channel_is_found_with_its_concepts():
-    statistics, weight = planted()
-    found = detect("layer", statistics, weight, class_fraction=0.75, similarity_threshold=0.5)
+    relevant, vectors = planted()
+    found = detect("layer", relevant, lambda _, classes: plain_similarities(vectors[classes]), SimilarityRule(0.5))
     assert [(channel.channel, channel.concepts) for channel in found.channels] == [(1, [[0, 1], [2]])]
     assert [(pair.class_a, pair.class_b) for pair in found.pairs] == [(0, 2), (1, 2)]
     assert found.channels[0].cosine_similarity == 0
     assert found.n_candidates == 1
     assert sorted(found.similarities) == pytest.approx([0, 0, 1])
+    assert (found.channels[0].threshold, found.channels[0].reliability, found.channels[0].is_clear) == (0.5, None, None)
+    assert {(pair.interval, pair.is_clear) for pair in found.pairs} == {(None, None)}, "nothing was measured"
+
+
+def measured(value, corrected, lower, upper):
+    """Similarities of two classes."""
+    matrices = [np.array([[1, entry], [entry, 1]]) for entry in (value, corrected, lower, upper)]
+    return Similarities(*matrices, reliability=np.array([0.9, 0.7]))
+
+
+@pytest.mark.parametrize(
+    ("entry", "rule", "flagged", "is_clear"),
+    [
+        ((0.4, 0.6, 0.5, 0.7), SimilarityRule(0.5), True, False),
+        ((0.4, 0.6, 0.5, 0.7), SimilarityRule({1: 0.5}, is_calibrated=True), False, None),
+        ((0.4, 0.6, 0.5, 0.7), SimilarityRule({1: 0.8}, is_calibrated=True), True, True),
+        ((0.4, 0.6, 0.5, 0.9), SimilarityRule({1: 0.8}, is_calibrated=True), True, False),
+        ((0.4, 0.6, 0.1, 1.0), SimilarityRule({1: 0.8}, is_calibrated=True), False, None),
+        ((0.9, 1.2, 0.9, 1.0), SimilarityRule({1: 1.0}, is_calibrated=True), False, None),
+    ],
+    ids=["plain cosine", "corrected", "clear", "not clear", "may be one class", "above one"],
+)
+def test_a_calibrated_rule_goes_by_the_corrected_similarity_and_its_interval(entry, rule, flagged, is_clear):
+    relevant = torch.tensor([[False, True], [False, False], [False, True]])
+    found = detect("layer", relevant, lambda *_: measured(*entry), rule)
+    assert [(pair.channel, pair.class_a, pair.class_b) for pair in found.pairs] == ([(1, 0, 2)] if flagged else [])
+    assert found.n_candidates == 1
+    assert found.similarities.tolist() == [entry[0]]
+    for pair, channel in zip(found.pairs, found.channels, strict=True):
+        assert (pair.cosine_similarity, pair.interval, pair.is_clear) == (entry[0], entry[2:], is_clear)
+        assert channel.concepts == [[0], [2]]
+        assert (channel.reliability, channel.threshold, channel.is_clear) == (0.7, rule.threshold(1), is_clear)
 
 
 def test_results_are_sorted_and_the_order_of_classes_changes_nothing():
@@ -129,16 +157,20 @@ def test_results_are_sorted_and_the_order_of_classes_changes_nothing():
 
 def test_one_thousand_classes_make_no_array_of_classes_x_channels_x_inputs():
     generator = torch.Generator().manual_seed(0)
-    n_relevant = torch.zeros(1000, 64, dtype=torch.long)
+    relevant = torch.zeros(1000, 64, dtype=torch.bool)
     for channel in range(64):
-        n_relevant[torch.randperm(1000, generator=generator)[:15], channel] = 9
+        relevant[torch.randperm(1000, generator=generator)[:15], channel] = True
     means = torch.rand(1000, 128, 1, generator=generator, dtype=torch.float64)
-    statistics = ClassStatistics(torch.full((1000,), 10), n_relevant, means)
+    weight = torch.randn(64, 128, 1, generator=generator)
+
+    def similarities_of(channel, classes):
+        return plain_similarities(averaged_relevance_vectors(weight[channel], means[classes]))
+
     largest = LargestTensor()
     with largest:
-        found = detect("x", statistics, torch.randn(64, 128, 1), class_fraction=0.75, similarity_threshold=0.5)
+        found = detect("x", relevant, similarities_of, SimilarityRule(0.5))
     assert len(found.similarities) == 64 * 105
-    assert largest.numel <= n_relevant.numel()
+    assert 0 < largest.numel <= relevant.numel()
 
 
 class LargestTensor(torch.overrides.TorchFunctionMode):

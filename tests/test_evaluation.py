@@ -11,20 +11,21 @@ from tests import reference
 from tests.networks import conv_relu_net, make_batches, make_images, train_briefly
 
 
-def plan_for(layer_name, n_inputs, soft=False):
+def plan_for(layer_name, n_inputs, soft=False, signs=(None, None, None)):
     shares = torch.rand(3, n_inputs, generator=torch.Generator().manual_seed(0))
     shares = shares if soft else (shares > 0.4).float()
     return SplitPlan(
         [
-            ChannelSplit(layer_name, 3, [[0], [2]], shares[:2]),
-            ChannelSplit(layer_name, 5, [[0, 1], [3], [2]], shares),
-            ChannelSplit(layer_name, 3, [[1], [2]], shares[1:]),  # the same channel once more
+            ChannelSplit(layer_name, 3, [[0], [2]], shares[:2], directions=signs[0]),
+            ChannelSplit(layer_name, 5, [[0, 1], [3], [2]], shares, directions=signs[1]),
+            ChannelSplit(layer_name, 3, [[1], [2]], shares[1:], directions=signs[2]),  # the same channel once more
         ]
     )
 
 
 def slow_quality(net, layer, split, images, targets, tau, index):
-    """Rule 9, image by image."""
+    """Rule 9, image by image: activations in the direction of each image's class, AUROC in that of the concept."""
+    signs = split.directions or [1] * len(split.concepts)
     module = net.get_submodule(layer)
     weight = module.weight[split.channel].detach()
     shares = [*split.membership, split.membership.sum(0) - 1]
@@ -39,7 +40,8 @@ def slow_quality(net, layer, split, images, targets, tau, index):
             wanted = bias * (len(split.concepts) - 1) if number == len(split.concepts) else bias
             parts.append(reference.masked_output(module, split.channel, row, x)[0] - bias + wanted)
         relevant = reference.is_relevant(reference.relevance(net, layer, image, target), tau)[split.channel]
-        entry = (z, parts, relevant)
+        (owner,) = [number for number, concept in enumerate(split.concepts) if target in concept] or [index]
+        entry = (signs[owner] * z, [signs[owner] * part for part in parts], relevant, signs[index] * signs[owner])
         if target in split.concepts[index]:
             own.append(entry)
         elif any(target in concept for concept in split.concepts):
@@ -50,20 +52,22 @@ def slow_quality(net, layer, split, images, targets, tau, index):
     def total(values):
         return float(values.clamp(min=0).sum())
 
-    d_own = [(total(z), total(parts[index])) for z, parts, _ in own]
-    d_other = [(total(z), total(parts[index])) for z, parts, _ in other]
-    above = [total(parts[index].clamp(min=0) - z.clamp(min=0)) for z, parts, _ in remaining]
-    shown = [(total(z), [total(part) for part in parts]) for z, parts, relevant in own if relevant]
-    kept = (
-        [sum(p[number] for _, p in shown) / sum(z for z, _ in shown) for number in range(len(rows))] if shown else None
-    )
-    wins = [(a > b) + 0.5 * (a == b) for _, a in d_own for _, b in d_other]
-    wins_original = [(a > b) + 0.5 * (a == b) for a, _ in d_own for b, _ in d_other]
+    def over(numerator, denominator):
+        return numerator / denominator if denominator > 0 else None
+
+    d_own = [(total(z), total(parts[index])) for z, parts, *_ in own]
+    d_other = [(total(z), total(parts[index])) for z, parts, *_ in other]
+    above = [total(parts[index].clamp(min=0) - z.clamp(min=0)) for z, parts, *_ in remaining]
+    shown = [(total(z), [total(part) for part in parts]) for z, parts, relevant, _ in own if relevant]
+    kept = [over(sum(p[number] for _, p in shown), sum(z for z, _ in shown)) for number in range(len(rows))]
+    fixed = [(total(turn * z), total(turn * parts[index])) for z, parts, _, turn in other]
+    wins = [(a > b) + 0.5 * (a == b) for _, a in d_own for _, b in fixed]
+    wins_original = [(a > b) + 0.5 * (a == b) for a, _ in d_own for b, _ in fixed]
     return {
-        "distortion": sum(abs(d - z) for z, d in d_own) / sum(z for z, _ in d_own),
-        "leak": sum(d for _, d in d_other) / sum(z for z, _ in d_other),
-        "spurious": np.mean(above) / np.mean([z for z, _ in d_own]) if above else None,
-        "kept": kept,
+        "distortion": over(sum(abs(d - z) for z, d in d_own), sum(z for z, _ in d_own)),
+        "leak": over(sum(d for _, d in d_other), sum(z for z, _ in d_other)),
+        "spurious": over(np.mean(above), np.mean([z for z, _ in d_own])) if above else None,
+        "kept": None if None in kept else kept,
         "auroc": np.mean(wins),
         "auroc_original": np.mean(wins_original),
     }
@@ -87,9 +91,10 @@ def trained():
 
 @pytest.mark.parametrize("layer", ["2", "4"])
 @pytest.mark.parametrize("soft", [False, True])
-def test_figures_are_those_of_the_rule(trained, layer, soft):
+@pytest.mark.parametrize("signs", [(None, None, None), ([-1, 1], [1, -1, -1], [-1, -1])], ids=["unsigned", "signed"])
+def test_figures_are_those_of_the_rule(trained, layer, soft, signs):
     images, targets = make_images(n=24)
-    plan = plan_for(layer, trained.get_submodule(layer).in_channels, soft)
+    plan = plan_for(layer, trained.get_submodule(layer).in_channels, soft, signs)
     found = evaluate_splits(trained, plan, make_batches(n=24), relevance_threshold=0.05, progress=False)
     assert [(quality.layer, quality.channel) for quality in found] == [(layer, 3), (layer, 5), (layer, 3)]
     for split, quality in zip(plan, found, strict=True):

@@ -161,7 +161,7 @@ def test_progress_is_shown_on_a_terminal_and_only_there(trained, monkeypatch):
 def test_splits_are_chosen_and_judged_as_the_rules_say(trained):
     """Which images choose, which images judge, and what a concept of several classes is."""
     images, targets = make_images()
-    settings = {**SETTINGS, "class_fraction": 0.1, "similarity_threshold": 0.8}
+    settings = {**SETTINGS, "class_fraction": 0.1, "similarity_threshold": 0.8, "method": "paper"}
     report = find_polysemantic_channels(trained, make_batches(), "2", calibration_samples=6, **settings)
     found = [channel for channel in report.channels if max(map(len, channel.concepts)) > 1]
     assert found, "the case would show nothing"

@@ -1,10 +1,19 @@
+import copy
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_polydis.layers import channel_outputs, find_layer, flat_weight, plain_copy, window_sums
+from lightning_polydis.layers import (
+    channel_outputs,
+    find_layer,
+    flat_weight,
+    plain_copy,
+    source_contributions,
+    source_relevances,
+    window_sums,
+)
 from tests.networks import conv_relu_net
 
 
@@ -88,6 +97,57 @@ def test_channel_outputs_of_a_linear_layer(shape):
     x = torch.randn(shape)
     outputs = channel_outputs(layer, x, flat_weight(layer), layer.bias)
     torch.testing.assert_close(outputs, layer(x).reshape(5, -1, 3).mT)
+
+
+LAYERS = [(nn.Conv2d(4, 6, **config), (3, 4, 11, 10)) for config in CONVS]
+LAYERS += [(nn.Linear(4, 6), (3, *between, 4)) for between in ((), (7,), (2, 3))]
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=str)
+def test_source_relevances_are_weight_x_gradient_of_the_logit(layer, shape):
+    torch.manual_seed(0)
+    layer = copy.deepcopy(layer).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    gradient = torch.randn_like(layer(x))
+    images, channels = torch.tensor([0, 0, 0, 2, 2]), torch.tensor([5, 0, 2, 2, 3])  # none of the second image
+    found = source_relevances(layer, x, gradient, images, channels)
+    for row, image, channel in zip(found, images, channels, strict=True):
+        # The logit's gradient stands for all that follows: the logit is (z * gradient).sum() to first order.
+        logit = (layer(x[image : image + 1]) * gradient[image]).sum()
+        (slope,) = torch.autograd.grad(logit, layer.weight)
+        expected = (layer.weight * slope)[channel].reshape(4, -1).sum(1)
+        torch.testing.assert_close(row, expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_no_wanted_pair_gives_no_relevances():
+    nothing = torch.empty(0, dtype=torch.long)
+    found = source_relevances(
+        nn.Linear(4, 3).half(), torch.ones(2, 4).half(), torch.ones(2, 3).half(), nothing, nothing
+    )
+    assert (found.shape, found.dtype) == ((0, 4), torch.float32)
+
+
+def test_source_relevances_of_half_precision_do_not_overflow():
+    layer = nn.Conv2d(1, 1, 1, bias=False).half()
+    nn.init.constant_(layer.weight, 100)
+    x = torch.full((1, 1, 10, 10), 100.0, dtype=torch.float16)
+    found = source_relevances(layer, x, torch.ones_like(x), torch.tensor([0]), torch.tensor([0]))
+    assert (found.dtype, found.item()) == (torch.float32, 1e6)
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=str)
+def test_source_contributions_are_what_each_source_adds_and_sum_to_the_output(layer, shape):
+    torch.manual_seed(0)
+    layer = copy.deepcopy(layer).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    found = source_contributions(layer, x, flat_weight(layer)[2])
+    outputs = channel_outputs(layer, x, flat_weight(layer)[2:3], None)[:, 0]
+    torch.testing.assert_close(found.sum(2), outputs, rtol=1e-12, atol=1e-12)
+    for source in range(4):
+        alone = torch.zeros_like(flat_weight(layer)[2:3])
+        alone[0, source] = flat_weight(layer)[2, source]
+        expected = channel_outputs(layer, x, alone, None)[:, 0]
+        torch.testing.assert_close(found[..., source], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_plain_copy_computes_the_same_and_shares_nothing():

@@ -60,6 +60,7 @@ def report(net, root):
         net,
         photographs(root, "train", 12),
         LAYERS,
+        method="paper",
         relevance_threshold=0.005,
         class_fraction=0.25,
         similarity_threshold=0.75,

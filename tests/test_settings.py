@@ -18,9 +18,12 @@ BAD = [
     ({"class_fraction": 75}, "`class_fraction` .* but got 75"),
     ({"similarity_threshold": -1}, r"`similarity_threshold` to be a number in \(-1, 1\], but got -1"),
     ({"similarity_threshold": "low"}, "`similarity_threshold` .* but got 'low'"),
-    ({"similarity_threshold": "auto"}, '`similarity_threshold="auto"` is not available in this version yet'),
+    ({"similarity_threshold": "low", "method": "paper"}, "`similarity_threshold` .* but got 'low'"),
+    (
+        {"similarity_threshold": "auto", "method": "paper"},
+        "`similarity_threshold='auto'` needs the relevance vectors of `method='optimized'`",
+    ),
     ({"method": "best"}, "`method` to be one of 'paper', 'optimized', but got 'best'"),
-    ({"method": "optimized"}, '`method="optimized"` is not available in this version yet'),
     ({"concepts": "words"}, "`concepts` to be one of 'classes', 'clusters', but got 'words'"),
     ({"concepts": "clusters"}, '`concepts="clusters"` is not available in this version yet'),
     ({"attribution": "epsilon_plus_flat"}, "`attribution='epsilon_plus_flat'` is not available"),
@@ -65,6 +68,9 @@ def test_limits_are_allowed():
         relevance_threshold=1, class_fraction=1.0, similarity_threshold=1, calibration_samples=0
     )
     assert settings.threshold == 1
-    assert AnalysisSettings().threshold == 0.5
+    assert AnalysisSettings().threshold == AnalysisSettings(similarity_threshold="auto").threshold == "auto"
+    assert AnalysisSettings(method="paper").threshold == 0.5
+    assert AnalysisSettings(method="paper", similarity_threshold=0.25).threshold == 0.25
+    assert AnalysisSettings(relevance_threshold=0.4).relevance_thresholds == [0.4, 0.1, 0.2, 0.8]
     assert AnalysisSettings(layers=("a", "b")).layer_names == ["a", "b"]
     assert AnalysisSettings(layers="a").layer_names == ["a"]

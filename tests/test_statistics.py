@@ -23,64 +23,91 @@ def test_relevance_exactly_at_the_threshold_counts():
 
 
 def random_batches(n_batches=5, num_classes=3):
+    """Relevances, gradients, targets and window sums."""
     generator = torch.Generator().manual_seed(1)
     for size in range(1, n_batches + 1):
         yield (
             torch.randn(size, 4, generator=generator),
-            torch.randn(size, 6, 9, generator=generator),
+            torch.randn(size, 4, generator=generator),
             torch.randint(num_classes, (size,), generator=generator),
+            torch.randn(size, 6, 9, generator=generator),
         )
 
 
+THRESHOLDS = [0.2, 0.05, 0.8]
+
+
 def test_statistics_equal_those_of_all_images_at_once():
-    statistics = ChannelStatistics(3, 4, (6, 9), 0.2)
+    statistics = ChannelStatistics(3, 4, THRESHOLDS, (6, 9))
     batches = list(random_batches())
     for batch in batches:
         statistics.update(*batch)
-    relevance, sums, targets = (torch.cat(column) for column in zip(*batches, strict=True))
+    relevance, gradients, targets, sums = (torch.cat(column) for column in zip(*batches, strict=True))
     found = statistics.compute()
+    assert found.thresholds == (0.2, 0.05, 0.8)
     for label in range(3):
         own = targets == label
         assert found.n_images[label] == own.sum()
-        assert torch.equal(found.n_relevant[label], relevant_channels(relevance[own], 0.2).sum(0))
+        for threshold, counts in zip(THRESHOLDS, found.counts, strict=True):
+            flags = [reference.is_relevant(row, threshold) for row in relevance[own]]
+            assert counts[label].tolist() == [sum(column) for column in zip(*flags, strict=True)]
+        assert found.directions[label].tolist() == gradients[own].sum(0).sign().tolist()
+        assert found.helpful[label].tolist() == [float(value) > 0 for value in relevance[own].mean(0)]
         torch.testing.assert_close(found.mean_window_sums[label], sums[own].double().mean(0), rtol=1e-12, atol=1e-12)
+    assert set(found.directions.flatten().tolist()) == {-1, 1}
+    assert 0 < int(found.helpful.sum()) < 12
 
 
 def test_statistics_of_two_processes_merge_into_those_of_one():
-    whole, parts = ChannelStatistics(3, 4, (6, 9), 0.2), [ChannelStatistics(3, 4, (6, 9), 0.2) for _ in range(2)]
+    whole, *parts = (ChannelStatistics(3, 4, THRESHOLDS, (6, 9)) for _ in range(3))
     for index, batch in enumerate(random_batches()):
         whole.update(*batch)
         parts[index % 2].update(*batch)
     parts[0].merge_state(parts[1])
     merged, expected = parts[0].compute(), whole.compute()
-    assert torch.equal(merged.n_images, expected.n_images)
-    assert torch.equal(merged.n_relevant, expected.n_relevant)
+    for name in ("n_images", "counts", "directions", "helpful"):
+        assert torch.equal(getattr(merged, name), getattr(expected, name)), name
     torch.testing.assert_close(merged.mean_window_sums, expected.mean_window_sums, rtol=1e-12, atol=1e-12)
 
 
-def test_a_class_without_images_has_zero_means_and_no_nan():
-    statistics = ChannelStatistics(3, 2, (1, 1), 0.2)
-    statistics.update(torch.ones(1, 2), torch.ones(1, 1, 1), torch.tensor([1]))
+def test_window_sums_are_kept_only_where_they_are_used():
+    statistics = ChannelStatistics(3, 4, THRESHOLDS)
+    for relevance, gradients, targets, _ in random_batches():
+        statistics.update(relevance, gradients, targets)
+    assert statistics.compute().mean_window_sums is None
+    assert statistics.window_sums.numel() == 0
+    assert int(statistics.compute().n_images.sum()) == 15
+
+
+def test_a_class_without_images_has_zero_means_a_direction_and_no_nan():
+    statistics = ChannelStatistics(3, 2, [0.2], (1, 1))
+    statistics.update(torch.ones(1, 2), -torch.ones(1, 2), torch.tensor([1]), torch.ones(1, 1, 1))
     found = statistics.compute()
     assert found.n_images.tolist() == [0, 1, 0]
     assert found.mean_window_sums[:, 0, 0].tolist() == [0, 1, 0]
+    assert found.directions.tolist() == [[1, 1], [-1, -1], [1, 1]]
+    assert found.helpful.tolist() == [[False, False], [True, True], [False, False]]
+    assert found.relevant(0.5).tolist() == [[False, False], [True, True], [False, False]]
 
 
 def test_batches_that_are_left_out_are_counted_only():
-    statistics = ChannelStatistics(3, 2, (1, 1), 0.2)
+    statistics = ChannelStatistics(3, 2, [0.2], (1, 1))
     nan = torch.full((4, 2), float("nan"))
-    statistics.update(nan, nan[:, :1, None], torch.tensor([0, 1, 2, 0]), leave_out=True)
+    statistics.update(nan, nan, torch.tensor([0, 1, 2, 0]), nan[:, :1, None], leave_out=True)
     found = statistics.compute()
-    assert (found.n_left_out, int(found.n_images.sum())) == (4, 0)
+    assert (found.n_left_out, int(found.n_images.sum()), int(found.counts.sum())) == (4, 0, 0)
     assert bool(torch.isfinite(found.mean_window_sums).all())
+    assert bool(torch.isfinite(statistics.gradient_sums).all())
 
 
 def test_sums_beyond_the_range_of_half_precision_stay_exact():
-    statistics = ChannelStatistics(2, 1, (1, 1), 0.2)
+    statistics = ChannelStatistics(2, 1, [0.2], (1, 1))
     layer = torch.nn.Conv2d(1, 1, 1)
     for _ in range(100):
-        statistics.update(torch.ones(1, 1), window_sums(layer, torch.full((1, 1, 56, 56), 1000.0)), torch.tensor([0]))
+        sums = window_sums(layer, torch.full((1, 1, 56, 56), 1000.0))
+        statistics.update(torch.ones(1, 1), torch.full((1, 1), 6e4).half(), torch.tensor([0]), sums)
     assert statistics.window_sums[0, 0, 0] == 100 * 56 * 56 * 1000
+    assert statistics.gradient_sums[0, 0] == 100 * float(torch.tensor(6e4).half())
 
 
 def keep(samples, inputs, targets, relevant):
@@ -92,10 +119,10 @@ def keep(samples, inputs, targets, relevant):
 def test_samples_are_the_first_of_each_class(per_class):
     samples = CalibrationSamples(per_class)
     batches = list(random_batches())
-    for relevance, sums, targets in batches:
+    for relevance, _, targets, sums in batches:
         keep(samples, sums, targets, relevance > 0)
     kept = samples.compute()
-    _, sums, targets = (torch.cat(column) for column in zip(*batches, strict=True))
+    _, _, targets, sums = (torch.cat(column) for column in zip(*batches, strict=True))
     for label in range(3):
         assert torch.equal(kept.of_classes([label]).inputs, sums[targets == label][:per_class])
 

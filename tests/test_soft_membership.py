@@ -1,0 +1,237 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch import nn
+
+from lightning_polydis import soft_membership
+from lightning_polydis.box_newton import minimise_in_box
+from lightning_polydis.soft_membership import WantedSplit, channel_rows, membership_problem, soft_memberships
+from lightning_polydis.statistics import Samples
+from tests import reference
+
+LEAK = 3.0
+CHANNEL = 2
+
+
+def conv(bias=True, kernel=3, **kwargs):
+    torch.manual_seed(0)
+    return nn.Conv2d(5, 4, kernel, bias=bias, **kwargs).requires_grad_(False)
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(5, 4).requires_grad_(False)
+
+
+TWO = ([[0], [3, 1]], [1, 1])
+OPPOSED = ([[0], [3, 1]], [1, -1])
+THREE = ([[0], [1], [3]], [-1, 1, -1])
+CASES = [
+    (conv(padding=1, stride=2), *TWO),
+    (conv(padding=1), *OPPOSED),
+    (conv(bias=False, kernel=1), *OPPOSED),
+    (conv(bias=False, kernel=1), *THREE),
+    (conv(dilation=2), *THREE),
+    (linear(), *OPPOSED),
+    (linear(), *THREE),
+]
+IDS = ["strided", "opposed", "no bias", "three, no bias", "three, dilated", "linear", "three, linear"]
+cases = pytest.mark.parametrize(("layer", "concepts", "directions"), CASES, ids=IDS)
+
+
+def make_samples(layer, n=24, seed=0):
+    """Images of classes 0-5 that use different sources each, some noise on top."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(n) % 6
+    strength = torch.rand(6, 5, generator=generator) ** 3
+    if isinstance(layer, nn.Conv2d):
+        inputs = torch.randn(n, 5, 5, 5, generator=generator).abs() * strength[targets][:, :, None, None]
+    else:
+        inputs = torch.randn(n, 3, 5, generator=generator).abs() * strength[targets][:, None]
+    return Samples(inputs, targets, torch.ones(n, 4, dtype=torch.bool))
+
+
+def slow_loss(layer, concepts, directions, samples, concept, membership, leak_weight=LEAK):
+    return reference.membership_loss(
+        layer, CHANNEL, concepts, directions, samples.inputs, samples.targets, concept, membership, leak_weight
+    )
+
+
+def by_scipy(layer, concepts, directions, samples, concept):
+    def loss_and_slope(values):
+        values = torch.from_numpy(values).requires_grad_()
+        loss = slow_loss(layer, concepts, directions, samples, concept, values)
+        return float(loss.detach()), torch.autograd.grad(loss, values)[0].numpy()
+
+    options = {"ftol": 0, "gtol": 1e-10, "maxiter": 500}
+    start = np.full(5, 0.5)
+    found = minimize(loss_and_slope, start, jac=True, method="L-BFGS-B", bounds=[(0, 1)] * 5, options=options)
+    return found.fun, torch.from_numpy(found.x)
+
+
+@cases
+def test_the_loss_is_that_of_the_formula(layer, concepts, directions):
+    samples = make_samples(layer)
+    rows = channel_rows(layer, WantedSplit(CHANNEL, concepts, directions), samples)
+    generator = torch.Generator().manual_seed(1)
+    for concept in range(len(concepts)):
+        problem = membership_problem(rows, concept, LEAK)
+        found, expected = [], []
+        for membership in (torch.rand(5, generator=generator).double() for _ in range(4)):
+            found.append(problem.loss(problem.errors(membership[None])).item())
+            expected.append(slow_loss(layer, concepts, directions, samples, concept, membership).item())
+        assert found == pytest.approx(expected, rel=1e-9)
+        assert min(expected) > 1e-3
+
+
+@cases
+def test_memberships_are_the_minimum_of_the_formula(layer, concepts, directions):
+    samples = make_samples(layer)
+    (found,) = soft_memberships(layer, [WantedSplit(CHANNEL, concepts, directions)], samples, LEAK)
+    assert (found.shape, found.dtype) == ((len(concepts), 5), torch.float32)
+    for concept, membership in enumerate(found):
+        loss, place = by_scipy(layer, concepts, directions, samples, concept)
+        here = slow_loss(layer, concepts, directions, samples, concept, membership.double()).item()
+        assert here == pytest.approx(loss, rel=1e-6, abs=1e-9)
+        torch.testing.assert_close(membership.double(), place, rtol=0, atol=2e-4)
+
+
+def test_all_parts_of_the_loss_have_a_say():
+    layer, (concepts, directions) = conv(padding=1, stride=2), TWO
+    samples = make_samples(layer)
+    of = {"own": [0], "other": [3, 1], "rest": [2, 4, 5]}
+    everything = torch.rand(5, generator=torch.Generator().manual_seed(2)).double()
+    losses = {}
+    for name, parts in (("own", ["own"]), ("leak", ["own", "other"]), ("spurious", ["own", "rest"])):
+        some = samples.of_classes([label for part in parts for label in of[part]])
+        rows = channel_rows(layer, WantedSplit(CHANNEL, concepts, directions), some)
+        problem = membership_problem(rows, 0, LEAK)
+        losses[name] = problem.loss(problem.errors(everything[None])).item()
+        expected = slow_loss(layer, concepts, directions, some, 0, everything).item()
+        assert losses[name] == pytest.approx(expected, rel=1e-9)
+    assert losses["leak"] > losses["own"] > 0
+    assert losses["spurious"] > losses["own"]
+
+
+@cases
+def test_the_order_of_the_concepts_changes_nothing(layer, concepts, directions):
+    samples = make_samples(layer)
+    forward, backward = soft_memberships(
+        layer,
+        [WantedSplit(CHANNEL, concepts, directions), WantedSplit(CHANNEL, concepts[::-1], directions[::-1])],
+        samples,
+        LEAK,
+    )
+    torch.testing.assert_close(forward, backward.flip(0), rtol=0, atol=1e-6)
+    assert not torch.allclose(forward, backward, atol=1e-2)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 250.0])
+@cases
+def test_the_scale_of_the_channel_changes_nothing(layer, concepts, directions, factor):
+    samples, wanted = make_samples(layer), [WantedSplit(CHANNEL, concepts, directions)]
+    scaled = copy.deepcopy(layer)
+    with torch.no_grad():
+        scaled.weight[CHANNEL] *= factor
+        if scaled.bias is not None:
+            scaled.bias[CHANNEL] *= factor
+    expected, found = (soft_memberships(one, wanted, samples, LEAK)[0] for one in (layer, scaled))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_turning_the_channel_and_its_directions_round_changes_nothing():
+    layer, samples = conv(), make_samples(conv())
+    turned = copy.deepcopy(layer)
+    with torch.no_grad():
+        turned.weight[CHANNEL] *= -1
+        turned.bias[CHANNEL] *= -1
+    concepts, directions = THREE
+    expected = soft_memberships(layer, [WantedSplit(CHANNEL, concepts, directions)], samples, LEAK)[0]
+    found = soft_memberships(turned, [WantedSplit(CHANNEL, concepts, [-s for s in directions])], samples, LEAK)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_several_channels_are_solved_as_each_alone(monkeypatch):
+    layer, samples = conv(), make_samples(conv())
+    wanted = [
+        WantedSplit(2, *TWO),
+        WantedSplit(0, *THREE),
+        WantedSplit(2, *OPPOSED),  # the same channel in another way
+        WantedSplit(1, *TWO),
+    ]
+    together = soft_memberships(layer, wanted, samples, LEAK)
+    alone = [soft_memberships(layer, [split], samples, LEAK)[0] for split in wanted]
+    monkeypatch.setattr(soft_membership, "BATCH_ELEMENTS", 1)
+    in_pieces = soft_memberships(layer, wanted, samples, LEAK)
+    for one, two, three in zip(together, alone, in_pieces, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+        torch.testing.assert_close(three, two, rtol=0, atol=1e-6)
+
+
+def test_sources_that_only_one_concept_reads_are_told_apart():
+    layer = nn.Conv2d(4, 1, 1, bias=False).requires_grad_(False)
+    nn.init.ones_(layer.weight)
+    inputs = torch.zeros(8, 4, 3, 3)
+    inputs[::2, :2], inputs[1::2, 2] = 1, 2  # nobody reads the last source
+    samples = Samples(inputs, torch.arange(8) % 2, torch.ones(8, 1, dtype=torch.bool))
+    (found,) = soft_memberships(layer, [WantedSplit(0, [[0], [1]], [1, 1])], samples, LEAK)
+    torch.testing.assert_close(found, torch.tensor([[1.0, 1, 0, 1], [0, 0, 1, 1]]), rtol=0, atol=1e-6)
+
+
+def test_a_larger_leak_weight_leaks_less():
+    layer = conv()
+    samples, (concepts, directions) = make_samples(layer), TWO
+    leaks, own = [], []
+    for weight in (0.1, 1.0, 10.0):
+        (found,) = soft_memberships(layer, [WantedSplit(CHANNEL, concepts, directions)], samples, weight)
+        shares = found[0].double()
+        own.append(slow_loss(layer, concepts, directions, samples, 0, shares, leak_weight=0).item())
+        leaks.append(slow_loss(layer, concepts, directions, samples, 0, shares, leak_weight=1).item() - own[-1])
+    assert leaks[0] > leaks[1] > leaks[2]
+    assert own[0] < own[1] < own[2]
+
+
+@pytest.mark.parametrize("missing", [[0], [1, 3], [0, 1, 3], [2, 4, 5], list(range(6))])
+def test_classes_without_images_leave_memberships_in_the_box(missing):
+    layer = conv(bias=False)
+    samples = make_samples(layer).of_classes([label for label in range(6) if label not in missing])
+    (found,) = soft_memberships(layer, [WantedSplit(CHANNEL, *OPPOSED)], samples, LEAK)
+    assert found.shape == (2, 5)
+    assert bool(((found >= 0) & (found <= 1)).all())
+    if missing == list(range(6)):
+        assert torch.equal(found, torch.ones(2, 5))
+    for concept, membership in enumerate(found.double()):
+        here = slow_loss(layer, *OPPOSED, samples, concept, membership).item()
+        loss, _ = by_scipy(layer, *OPPOSED, samples, concept)
+        assert here == pytest.approx(loss, rel=1e-5, abs=1e-7)
+
+
+def test_many_images_and_large_maps_are_thinned_evenly_and_repeatably(monkeypatch):
+    layer = conv(kernel=1)
+    samples = make_samples(layer, n=1200)
+    split = WantedSplit(CHANNEL, *TWO)
+    rows = channel_rows(layer, split, samples)
+    assert [int((rows.concepts == concept).sum()) for concept in (0, 1, -1)] == [64 * 25] * 3
+    whole = soft_memberships(layer, [split], samples, LEAK)[0]
+    monkeypatch.setattr(soft_membership, "MAX_ROWS", 192 * 10)
+    fewer = channel_rows(layer, split, samples)
+    assert [int((fewer.concepts == concept).sum()) for concept in (0, 1, -1)] == [64 * 10] * 3
+    for concept in (0, 1, -1):  # each image's own positions, none of them twice
+        all_rows = {tuple(row) for row in rows.contributions[rows.concepts == concept].tolist()}
+        some_rows = [tuple(row) for row in fewer.contributions[fewer.concepts == concept].tolist()]
+        assert len(set(some_rows)) == len(some_rows)
+        assert set(some_rows) <= all_rows
+    thinned = [soft_memberships(layer, [split], samples, LEAK)[0] for _ in range(2)]
+    assert torch.equal(*thinned)
+    torch.testing.assert_close(thinned[0], whole, rtol=0, atol=0.1)
+
+
+def test_the_minimum_is_found_to_the_promised_tolerance():
+    layer = conv()
+    for concepts, directions in (TWO, OPPOSED, THREE):
+        rows = channel_rows(layer, WantedSplit(CHANNEL, concepts, directions), make_samples(layer))
+        for concept in range(len(concepts)):
+            assert minimise_in_box(membership_problem(rows, concept, LEAK)).optimality.item() <= 1e-9
