@@ -23,6 +23,8 @@ lint: $(VENV)/.installed  ## style and types
 bench: $(VENV)/.installed  ## the benchmarks of benchmarks/README.md
 	$(RUN) benchmarks/validation_overhead.py
 	$(RUN) benchmarks/against_paper_pipeline.py
+	$(RUN) benchmarks/split_quality.py
+	$(RUN) benchmarks/planted.py
 
 clean:
 	rm -rf $(VENV) demo_logs build dist *.egg-info

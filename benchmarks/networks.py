@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
-from small_world import _block as bottleneck
-from small_world import accuracy, train
+from small_world import LAYER as SMALL_LAYER
+from small_world import NUM_CLASSES, ImageMaker, SmallResNet, accuracy, train
+from small_world import block as bottleneck
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
@@ -135,6 +136,19 @@ def digits_convnext() -> World:
     return _digits_world("digits ConvNeXt", DigitsConvNeXt, ["blocks.4.block.3", "blocks.4.block.5"])
 
 
+def made_up_resnet() -> World:
+    """A ResNet of bottleneck blocks with batch norm and 16 classes of made-up images, see `small_world`."""
+    maker, name = ImageMaker(), "made-up ResNet"
+    model = _trained(name, SmallResNet, lambda model: train(model, *maker.make(100, seed=1), epochs=6))
+    choose, judge = (_shuffled(*maker.make(40, seed=seed)) for seed in (2, 3))
+    return _world(name, model, [SMALL_LAYER], choose, judge, [str(label) for label in range(NUM_CLASSES)])
+
+
+def _shuffled(images: Tensor, targets: Tensor) -> Images:
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    return images[order], targets[order]
+
+
 def photo_resnet(root: Path) -> World:
     """A ResNet of bottleneck blocks with batch norm behind the first layers of SqueezeNet.
 
@@ -165,9 +179,10 @@ def squeezenet(root: Path) -> World:
 
 
 def worlds(root: Path | None) -> Iterator[World]:
-    """All worlds that are possible, each made when its turn comes; without a root there are only the digits."""
+    """All worlds that are possible, each made when its turn comes; without a root, none for photographs."""
     yield digits_cnn()
     yield digits_convnext()
+    yield made_up_resnet()
     if root is not None:
         yield from (make(root) for make in (photo_resnet, photo_vgg, squeezenet))
 

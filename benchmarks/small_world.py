@@ -23,11 +23,11 @@ class SmallResNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
         self.blocks = nn.Sequential(
-            _block(64, 16, stride=1),
-            _block(64, 32, stride=2),
-            _block(128, 64, stride=2),
-            _block(256, 128, stride=2),
-            _block(512, 128, stride=1),
+            block(64, 16, stride=1),
+            block(64, 32, stride=2),
+            block(128, 64, stride=2),
+            block(256, 128, stride=2),
+            block(512, 128, stride=1),
         )
         self.head = nn.Linear(512, NUM_CLASSES)
 
@@ -36,7 +36,8 @@ class SmallResNet(nn.Module):
         return self.head(self.blocks(self.stem(images)).mean((2, 3)))
 
 
-def _block(n_inputs: int, planes: int, stride: int) -> Bottleneck:
+def block(n_inputs: int, planes: int, stride: int) -> Bottleneck:
+    """A bottleneck block, with a convolution as its shortcut where the shapes differ."""
     n_outputs = planes * Bottleneck.expansion
     shortcut = None
     if stride != 1 or n_inputs != n_outputs:

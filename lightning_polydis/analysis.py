@@ -152,8 +152,8 @@ class ChannelAnalysis:
         for name, record in records.items():
             targets = self._targets.to(record.relevance.device)
             self._count(name, record, targets, finite)
-            if name in self._vectors and finite:
-                self._follow(name, record, targets)
+            if name in self._vectors:
+                self._follow(name, record, targets, finite)
             if name in self._samples:
                 self._keep(self._samples[name], record.seen, targets, record.relevance, finite)
 
@@ -162,10 +162,11 @@ class ChannelAnalysis:
         gradients = sum_over_positions(record.gradient, channels_last=channels_last)
         self._statistics[name].update(record.relevance, gradients, targets, record.seen.sums, leave_out=not finite)
 
-    def _follow(self, name: str, record: LayerRecord, targets: Tensor) -> None:
-        """Add up relevance vectors."""
+    def _follow(self, name: str, record: LayerRecord, targets: Tensor, finite: bool) -> None:
+        """Add up relevance vectors, of nothing if the batch is left out."""
         vectors, lowest = self._vectors[name], min(self._settings.relevance_thresholds)
-        images, channels = vectors.wanted(relevant_channels(record.relevance, lowest), targets)
+        relevance, targets = (record.relevance, targets) if finite else (record.relevance[:0], targets[:0])
+        images, channels = vectors.wanted(relevant_channels(relevance, lowest), targets)
         found = source_relevances(self._layers[name], record.seen.inputs, record.gradient, images, channels)
         vectors.update(found, images, channels, targets)
 

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from lightning_polydis.vectors import ClassVectors
 
 LOW_QUANTILE = 0.1
-ABSOLUTE = 0.5
+LOWEST = 0.5
 """A similarity below this is low in any layer: it is the paper's threshold (arXiv:2504.12939, section 4)."""
+
+HIGHEST = 0.9
+"""Vectors more alike than this are not worth telling apart in any layer."""
 
 MIN_PAIRS = 10
 MIN_RELIABILITY = 0.5
@@ -34,13 +37,13 @@ def calibrated_thresholds(
     compared with themselves, and both vectors are known well enough. A pair of classes counts as two concepts if it is
 
     * at least as unlike as two arbitrary classes typically are for this channel (the median), and as unlike as the most
-      unlike tenth of arbitrary pairs in the whole layer; or, where those are not alike themselves, below 0.5, which is
-      low in any layer; and
+      unlike tenth of arbitrary pairs in the whole layer; but below 0.5 is low in any layer, and above 0.9 there is next
+      to nothing to tell apart (labels without meaning give 0.93 and more, and some pair is always the most unlike); and
     * more unlike than two halves of one class are: noise is taken out of all these similarities, after which two halves
       give 1, and the pair's interval must end below 1 (that last rule is `detection`'s).
 
-    So the threshold is :math:`\max(0.5, \min(\text{median}_c, q_{0.1}))`. Channels with fewer than ten arbitrary pairs
-    take the layer's median.
+    So the threshold is :math:`\min(\text{median}_c, q_{0.1})`, kept within 0.5 and 0.9. Channels with fewer than ten
+    arbitrary pairs take the layer's median.
 
     Args:
         vectors: Relevance vectors of the layer.
@@ -54,14 +57,14 @@ def calibrated_thresholds(
     found = {channel: _arbitrary_similarities(vectors, relevant, helpful, channel) for channel in channels}
     everything = np.concatenate([np.empty(0), *found.values()])
     if not len(everything):
-        return dict.fromkeys(found, ABSOLUTE)
+        return dict.fromkeys(found, LOWEST)
     low = float(np.quantile(everything, LOW_QUANTILE))
     layer_median = float(np.median(everything))
     medians = {
         channel: float(np.median(values)) if len(values) >= MIN_PAIRS else layer_median
         for channel, values in found.items()
     }
-    return {channel: max(min(median, low), ABSOLUTE) for channel, median in medians.items()}
+    return {channel: min(max(min(median, low), LOWEST), HIGHEST) for channel, median in medians.items()}
 
 
 def _arbitrary_similarities(vectors: ClassVectors, relevant: Tensor, helpful: Tensor, channel: int) -> np.ndarray:

@@ -101,8 +101,10 @@ def reliabilities(sums: Tensor) -> np.ndarray:
     Returns:
         ``[T]``, in [0, 1].
     """
-    halves = torch.nn.functional.cosine_similarity(sums[:, ::2].sum(1), sums[:, 1::2].sum(1), dim=1).clamp(0, 1)
-    return (2 * halves / (1 + halves)).double().numpy()
+    first, second = sums[:, ::2].double().sum(1), sums[:, 1::2].double().sum(1)
+    lengths = (first.norm(dim=1) * second.norm(dim=1)).clamp(min=torch.finfo(torch.float64).tiny)
+    halves = ((first * second).sum(1) / lengths).clamp(0, 1)
+    return np.asarray(2 * halves / (1 + halves))
 
 
 def corrected_similarities(sums: Tensor, counts: Tensor) -> np.ndarray:

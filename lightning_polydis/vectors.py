@@ -228,7 +228,8 @@ class RelevanceVectors(Metric):
             channels: Likewise, ``[n]``.
             targets: Class indices, ``[B]``, integer.
         """
-        groups = torch.tensor([self._next_group(label) for label in targets.tolist()], device=targets.device)
+        turns = [self._next_group(label) for label in targets.tolist()]
+        groups = torch.tensor(turns, dtype=torch.long, device=targets.device)
         places = self._slots[targets[images], channels] * self.n_groups + groups[images]
         self.sums[0].view(-1, self.n_inputs).index_add_(0, places, vectors.to(self.sums[0].dtype))
         self.counts[0].view(-1).index_add_(0, places, torch.ones_like(places, dtype=self.counts[0].dtype))

@@ -47,7 +47,24 @@ def analyse(folder: Path) -> None:
     callback.plan.save(folder / f"shared_plan_{trainer.global_rank}.json")
 
 
+def one_process_sees_nothing_but_nan(folder: Path) -> None:
+    """Validate where every batch of rank 1 has to be left out."""
+    torch.manual_seed(0)
+    module = Classifier(train_briefly(conv_relu_net()))
+    callback = ChannelDisentanglement(
+        "net.2", relevance_threshold=0.05, class_fraction=0.5, similarity_threshold=0.9, strict=True
+    )
+    trainer = make_trainer(folder, callback, use_distributed_sampler=False)
+    images, targets = make_images()
+    images = images if trainer.global_rank == 0 else images * float("nan")
+    trainer.validate(module, DataLoader(TensorDataset(images, targets), 16), verbose=False)
+    callback.report.save(folder / f"report_{trainer.global_rank}.json")
+
+
 def main(folder: Path, loop: str) -> None:
+    if loop == "nan":
+        one_process_sees_nothing_but_nan(folder)
+        return
     torch.manual_seed(0)
     module = Classifier(train_briefly(conv_relu_net()))
     callback = ChannelDisentanglement(

@@ -116,3 +116,15 @@ def test_two_processes_that_share_every_class_calibrate_as_one_does(runs):
     assert measured[0] == pytest.approx(measured[1], abs=1e-5)
     known = [{channel.channel: channel.reliability for channel in report.channels} for report in (reports[0], expected)]
     assert known[0] == pytest.approx(known[1], abs=1e-5)
+
+
+def test_a_process_without_a_usable_batch_takes_part(tmp_path):
+    run(tmp_path, "nan")
+    reports = [PolysemanticityReport.load(tmp_path / f"report_{rank}.json") for rank in (0, 1)]
+    torch.manual_seed(0)
+    settings = {"relevance_threshold": 0.05, "class_fraction": 0.5, "similarity_threshold": 0.9, "progress": False}
+    expected = find_polysemantic_channels(train_briefly(conv_relu_net()), make_batches(), "2", **settings)
+    for report in reports:
+        assert (report.n_images, report.n_images_left_out) == (48, 48)
+        found = [(pair.channel, pair.class_a, pair.class_b) for pair in report.pairs]
+        assert found == [(pair.channel, pair.class_a, pair.class_b) for pair in expected.pairs]

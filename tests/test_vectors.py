@@ -141,6 +141,21 @@ def test_entries_that_are_relevant_often_survive(order):
     assert sum(shares) / n_classes > 0.9
 
 
+def test_often_means_a_large_share_of_the_class_not_many_images():
+    """Small classes have one channel that is relevant for all their images, large ones five for a third of theirs."""
+    n_classes = 20
+    targets = torch.arange(n_classes).repeat_interleave(torch.tensor([6, 60]).repeat(10))
+    generator = torch.Generator().manual_seed(2)
+    relevance = (torch.rand(len(targets), N_CHANNELS, generator=generator) < 1 / 3).float()
+    small = targets % 2 == 0
+    relevance[small] = torch.eye(N_CHANNELS)[targets[small] % N_CHANNELS]
+    sources = torch.randn(len(targets), N_CHANNELS, N_INPUTS, generator=generator)
+    found = run(60, (relevance, sources, targets), num_classes=n_classes).compute()
+    assert found.n_closed > 0
+    known = found.known(n_classes)
+    assert all(known[label, label % N_CHANNELS] for label in range(0, n_classes, 2))
+
+
 def full_classes(data, max_entries=30, num_classes=8):
     known = run(max_entries, data, num_classes=num_classes).compute().known(num_classes)
     return set(known.all(1).nonzero()[:, 0].tolist())
