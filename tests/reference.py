@@ -243,7 +243,7 @@ def calibrated_thresholds(sums, counts, relevant, helpful) -> list[float]:
         return [0.5] * n_channels
     low = float(np.quantile(everything, 0.1))
     own = [float(np.median(values if len(values) >= 10 else everything)) for values in arbitrary]
-    return [max(min(median, low), 0.5) for median in own]
+    return [min(max(min(median, low), 0.5), 0.9) for median in own]
 
 
 def membership_loss(layer, channel, concepts, directions, inputs, targets, concept, membership, leak_weight) -> Tensor:
