@@ -52,11 +52,11 @@ def calibrated_thresholds(
         channels: Those to calibrate for.
 
     Returns:
-        The threshold of each channel, for noise-corrected similarities; 0.5 if the layer has no arbitrary pairs.
+        The threshold of each channel, for noise-corrected similarities; 0.5 if the layer has fewer than ten pairs.
     """
     found = {channel: _arbitrary_similarities(vectors, relevant, helpful, channel) for channel in channels}
     everything = np.concatenate([np.empty(0), *found.values()])
-    if not len(everything):
+    if len(everything) < MIN_PAIRS:
         return dict.fromkeys(found, LOWEST)
     low = float(np.quantile(everything, LOW_QUANTILE))
     layer_median = float(np.median(everything))

@@ -368,7 +368,7 @@ def _pair_from_json(content: dict[str, Any]) -> PolysemanticPair:
 
 
 def _report_from_json(document: dict[str, Any]) -> PolysemanticityReport:
-    quality, sweeps = document["quality"], document["sweeps"]
+    quality, sweeps = document["quality"], document.get("sweeps")
     return PolysemanticityReport(
         layers=[LayerSummary(**layer) for layer in document["layers"]],
         channels=[PolysemanticChannel(**channel) for channel in document["channels"]],

@@ -123,7 +123,7 @@ def channel_rows(layer: LinearLayer, split: WantedSplit, samples: Samples) -> Ch
         values = _contributions(layer, split.channel, part, MAX_ROWS // max(n_images, 1))
         contributions.append(values)
         owners.append(torch.full((len(values),), concept))
-    bias = 0.0 if layer.bias is None else float(layer.bias[split.channel])
+    bias = 0.0 if layer.bias is None else float(layer.bias.detach()[split.channel])
     directions = torch.tensor(list(split.directions), dtype=torch.float64)
     return ChannelRows(torch.cat(contributions), torch.cat(owners), directions, bias)
 

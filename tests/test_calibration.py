@@ -154,13 +154,13 @@ def test_vectors_that_are_not_well_known_are_not_compared_with():
 def test_the_pair_in_question_has_no_part_in_its_own_comparison():
     found = {True: [], False: []}
     for value in (0.79, 0.6):
-        cosines = everywhere(0.8, 5, 1)
+        cosines = everywhere(0.8, 6, 1)
         put(cosines, 0, 1, 3, value)
         vectors = as_class_vectors(*vectors_with(cosines, noise=1e-6))
         for in_question, thresholds in found.items():
-            relevant = nothing(5, 1)
+            relevant = nothing(6, 1)
             relevant[[1, 3]] = in_question
-            thresholds.append(calibrated_thresholds(vectors, relevant, ~nothing(5, 1), [0])[0])
+            thresholds.append(calibrated_thresholds(vectors, relevant, ~nothing(6, 1), [0])[0])
     assert found[True] == pytest.approx([0.8, 0.8], abs=1e-5)
     assert found[False][1] < 0.785, "a pair that is not in question has a part"
 
@@ -173,5 +173,10 @@ def test_where_all_classes_are_alike_nothing_is_flagged():
         sums, counts = vectors_with(everywhere(0.0, 12, 3), noise=0.05, seed=seed)
         sums += sums[:1].mean(2, keepdim=True) - sums.mean(2, keepdim=True) * (1 - 1e-3)
         thresholds, pairs = detected(sums, counts, relevant)
-        assert max(thresholds.values()) <= 1
-        assert len(pairs) <= 1
+        assert set(thresholds.values()) == {0.9}
+        assert pairs == []
+
+
+def test_a_layer_with_hardly_any_arbitrary_pairs_takes_one_half():
+    vectors = as_class_vectors(*vectors_with(everywhere(0.8, 4, 1), noise=1e-6))
+    assert calibrated_thresholds(vectors, nothing(4, 1), ~nothing(4, 1), [0]) == {0: 0.5}
