@@ -252,7 +252,10 @@ class ChannelAnalysis:
         )
 
     def _evidence(self, name: str, layer: LinearLayer) -> LayerEvidence:
-        vectors: ClassVectors | None = self._vectors[name].compute() if name in self._vectors else None
+        vectors: ClassVectors | None = None
+        if name in self._vectors:
+            self._vectors[name].trim()
+            vectors = self._vectors[name].compute()
         samples: Samples | None = self._samples[name].compute() if name in self._samples else None
         statistics = self._statistics[name].compute()
         return LayerEvidence(name, plain_copy(layer), self._settings, statistics, vectors, samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,8 +10,6 @@ import numpy as np
 from lightning_polydis.similarity import corrected_similarities, reliabilities
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import Tensor
 
     from lightning_polydis.vectors import ClassVectors
@@ -23,12 +22,11 @@ HIGHEST = 0.9
 """Vectors more alike than this are not worth telling apart in any layer."""
 
 MIN_PAIRS = 10
+MAX_CHANNELS = 256
 MIN_RELIABILITY = 0.5
 
 
-def calibrated_thresholds(
-    vectors: ClassVectors, relevant: Tensor, helpful: Tensor, channels: Iterable[int]
-) -> dict[int, float]:
+class CalibratedThresholds:
     r"""A similarity threshold for each channel, from what two arbitrary classes give (``similarity_threshold="auto"``).
 
     In a narrow layer all relevance vectors are alike, and in a wide one hardly any two are: a cosine similarity means
@@ -40,42 +38,53 @@ def calibrated_thresholds(
       unlike tenth of arbitrary pairs in the whole layer; but below 0.5 is low in any layer, and above 0.9 there is next
       to nothing to tell apart (labels without meaning give 0.93 and more, and some pair is always the most unlike); and
     * more unlike than two halves of one class are: noise is taken out of all these similarities, after which two halves
-      give 1, and the pair's interval must end below 1 (that last rule is `detection`'s).
+      give 1, and the pair's interval must end below 1 (that last rule is `detection.SimilarityRule`'s).
 
     So the threshold is :math:`\min(\text{median}_c, q_{0.1})`, kept within 0.5 and 0.9. Channels with fewer than ten
-    arbitrary pairs take the layer's median.
+    arbitrary pairs take the layer's median; a layer with fewer takes 0.5. The layer's pairs are those of at most 256 of
+    its channels, evenly spread.
 
     Args:
         vectors: Relevance vectors of the layer.
         relevant: Which channels are relevant for which class, ``[K, C]``, boolean.
         helpful: See `statistics.ClassStatistics`, ``[K, C]``, boolean.
-        channels: Those to calibrate for.
-
-    Returns:
-        The threshold of each channel, for noise-corrected similarities; 0.5 if the layer has fewer than ten pairs.
     """
-    found = {channel: _arbitrary_similarities(vectors, relevant, helpful, channel) for channel in channels}
-    everything = np.concatenate([np.empty(0), *found.values()])
-    if len(everything) < MIN_PAIRS:
-        return dict.fromkeys(found, LOWEST)
-    low = float(np.quantile(everything, LOW_QUANTILE))
-    layer_median = float(np.median(everything))
-    medians = {
-        channel: float(np.median(values)) if len(values) >= MIN_PAIRS else layer_median
-        for channel, values in found.items()
-    }
-    return {channel: min(max(min(median, low), LOWEST), HIGHEST) for channel, median in medians.items()}
 
+    def __init__(self, vectors: ClassVectors, relevant: Tensor, helpful: Tensor) -> None:
+        self._vectors = vectors
+        self._relevant, self._helpful = relevant.numpy(), helpful.numpy()
+        self._known: dict[int, float] = {}
 
-def _arbitrary_similarities(vectors: ClassVectors, relevant: Tensor, helpful: Tensor, channel: int) -> np.ndarray:
-    """Similarities of pairs of classes that have nothing to do with one another, ``[pairs]``."""
-    classes = [label for label in vectors.classes(channel) if bool(helpful[label, channel])]
-    if len(classes) < 2:
-        return np.empty(0)
-    sums, counts = vectors.groups(channel, classes)
-    known = reliabilities(sums) >= MIN_RELIABILITY
-    is_relevant = relevant[classes, channel].numpy()
-    rows, columns = np.triu_indices(len(classes), k=1)
-    wanted = known[rows] & known[columns] & ~(is_relevant[rows] & is_relevant[columns])
-    values = corrected_similarities(sums, counts)[rows[wanted], columns[wanted]]
-    return np.asarray(values[np.isfinite(values)])
+    def __getitem__(self, channel: int) -> float:
+        """The threshold of a channel, for noise-corrected similarities; worked out when first asked for."""
+        if channel not in self._known:
+            self._known[channel] = self._threshold(channel)
+        return self._known[channel]
+
+    def _threshold(self, channel: int) -> float:
+        if len(self._layer) < MIN_PAIRS:
+            return LOWEST
+        own = self._arbitrary(channel)
+        typical = float(np.median(own if len(own) >= MIN_PAIRS else self._layer))
+        low = float(np.quantile(self._layer, LOW_QUANTILE))
+        return min(max(min(typical, low), LOWEST), HIGHEST)
+
+    @cached_property
+    def _layer(self) -> np.ndarray:
+        """Similarities of arbitrary pairs of all channels, or of some if there are many."""
+        n_channels = self._relevant.shape[1]
+        channels = range(0, n_channels, -(-n_channels // MAX_CHANNELS))
+        return np.concatenate([self._arbitrary(channel) for channel in channels])
+
+    def _arbitrary(self, channel: int) -> np.ndarray:
+        """Similarities of pairs of classes that have nothing to do with one another, ``[pairs]``."""
+        classes = [label for label in self._vectors.classes(channel) if self._helpful[label, channel]]
+        if len(classes) < 2:
+            return np.empty(0)
+        sums, counts = self._vectors.groups(channel, classes)
+        known = reliabilities(sums) >= MIN_RELIABILITY
+        is_relevant = self._relevant[classes, channel]
+        rows, columns = np.triu_indices(len(classes), k=1)
+        wanted = known[rows] & known[columns] & ~(is_relevant[rows] & is_relevant[columns])
+        values = corrected_similarities(sums, counts)[rows[wanted], columns[wanted]]
+        return np.asarray(values[np.isfinite(values)])

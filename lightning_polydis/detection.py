@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_polydis.calibration import CalibratedThresholds
     from lightning_polydis.similarity import Similarities
 
 
@@ -138,12 +139,12 @@ class SimilarityRule:
     """When two classes of a channel count as different concepts.
 
     Attributes:
-        thresholds: Similarity below which they do: one for all channels, or one for each.
+        thresholds: Similarity below which they do: one for all channels, or one for each, ``thresholds[channel]``.
         is_calibrated: Whether the thresholds are for noise-corrected similarities. The difference must then also be
             one that two halves of a class would not show: the interval must end below 1.
     """
 
-    thresholds: float | Mapping[int, float]
+    thresholds: float | CalibratedThresholds | Mapping[int, float]
     is_calibrated: bool = False
 
     def threshold(self, channel: int) -> float:

@@ -249,14 +249,13 @@ def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, imag
     )
     channels_first = gradient.movedim(-1, 1) if isinstance(layer, nn.Linear) else gradient
     flat = channels_first.flatten(2) if gradient.ndim > 2 else channels_first[..., None]
-    counts = torch.bincount(images, minlength=len(inputs))
-    places = torch.arange(len(images), device=images.device) - (counts.cumsum(0) - counts)[images]
-    wanted = channels.new_zeros(len(inputs), int(counts.max()))  # the channels of each image, padded with channel 0
-    wanted[images, places] = channels
-    chosen = flat.gather(1, wanted[..., None].expand(-1, -1, flat.shape[2]))
+    counts = torch.bincount(images, minlength=len(inputs)).tolist()
+    wanted = [own for own in zip(range(len(inputs)), channels.split(counts), strict=True) if len(own[1])]
+    gradients = [flat[image, own] for image, own in wanted]  # few or many channels: padding to the most would cost
     total = flat.new_zeros(len(images), inputs_per_channel(layer))
     for offset, read in enumerate(_inputs_by_offset(layer, inputs)):
-        total += (chosen @ read.mT)[images, places] * weight[channels, :, offset]
+        parts = [part @ read[image].mT for (image, _), part in zip(wanted, gradients, strict=True)]
+        total += torch.cat(parts) * weight[channels, :, offset]
     return total
 
 

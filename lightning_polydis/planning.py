@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_polydis.calibration import calibrated_thresholds
+from lightning_polydis.calibration import CalibratedThresholds
 from lightning_polydis.detection import LayerDetection, SimilarityRule, averaged_relevance_vectors, detect
 from lightning_polydis.evaluation import SplitEvaluator
 from lightning_polydis.layers import flat_weight
@@ -85,17 +86,17 @@ class LayerEvidence:
         assert sums is not None  # kept with this method
         return averaged_relevance_vectors(flat_weight(self.layer)[channel], sums[list(classes)])
 
+    @cached_property
     def rule(self) -> SimilarityRule:
         """When two classes of a channel count as different concepts."""
         if self.settings.threshold != "auto" or self.vectors is None:
             return SimilarityRule(float(self.settings.threshold))
-        channels = range(self.statistics.counts.shape[2])
-        thresholds = calibrated_thresholds(self.vectors, self.relevant(), self.statistics.helpful, channels)
+        thresholds = CalibratedThresholds(self.vectors, self.relevant(), self.statistics.helpful)
         return SimilarityRule(thresholds, is_calibrated=True)
 
     def detect(self) -> LayerDetection:
         """The layer's polysemantic channels."""
-        return detect(self.name, self.relevant(), self.similarities, self.rule())
+        return detect(self.name, self.relevant(), self.similarities, self.rule)
 
 
 def plan_splits(evidence: LayerEvidence, wanted: Sequence[tuple[int, list[list[int]]]]) -> list[ChannelSplit]:

@@ -27,7 +27,7 @@ class AnalysisSettings:
         relevance_threshold: Share of an image's positive relevance from which a channel is relevant, in (0, 1].
         class_fraction: Share of a class's images that a channel must be relevant for, in (0, 1].
         similarity_threshold: Cosine similarity below which two classes count as different concepts, in (-1, 1], or
-            ``"auto"``: calibrated for each layer and channel, see `calibration.calibrated_thresholds`. `None`: 0.5
+            ``"auto"``: calibrated for each layer and channel, see `calibration.CalibratedThresholds`. `None`: 0.5
             for ``"paper"``, ``"auto"`` for ``"optimized"``.
         method: ``"optimized"``: class-conditional relevance vectors and soft membership. ``"paper"``: the rules of
             arXiv:2504.12939.

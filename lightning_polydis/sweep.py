@@ -110,7 +110,7 @@ def _counted(
     """Channels and pairs: candidates ``[cells, 2]`` and flagged ``[cells, 2, S]``, for cells of the grid."""
     anywhere = np.stack([mask.numpy() for mask in relevant])  # [cells, K, C]
     loosest = np.asarray(anywhere.any(0))
-    rule, total = evidence.rule(), loosest.sum(0)
+    rule, total = evidence.rule, loosest.sum(0)
     candidates = np.zeros((len(relevant), 2), dtype=int)
     flags = np.zeros((len(relevant), 2, len(similarities)), dtype=int)
     for channel in np.flatnonzero(total >= 2).tolist():

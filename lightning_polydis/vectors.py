@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -22,7 +23,8 @@ class ClassVectors:
     """What `RelevanceVectors` has summed up (no dataclass, as `statistics.ClassStatistics`).
 
     Args:
-        keys: ``class * n_channels + channel`` of each entry, ``[N]``, integer; an entry may appear once per process.
+        keys: ``class * n_channels + channel`` of each entry, ``[N]``, integer; an entry may appear once per process. -1
+            for a row that holds none.
         sums: Sum of the images' relevance vectors, ``[N, G, I]``, by group of images.
         counts: Images in each sum, ``[N, G]``.
         n_channels: Output channels of the layer.
@@ -30,14 +32,15 @@ class ClassVectors:
     """
 
     def __init__(self, keys: Tensor, sums: Tensor, counts: Tensor, n_channels: int, n_closed: int = 0) -> None:
-        merged, place = keys.unique(return_inverse=True)
-        if len(merged) < len(keys):  # several processes
-            sums = sums.new_zeros(len(merged), *sums.shape[1:]).index_add_(0, place, sums)
-            counts = counts.new_zeros(len(merged), counts.shape[1]).index_add_(0, place, counts)
+        used = (keys != FREE).nonzero()[:, 0]
+        merged, place = keys[used].unique(return_inverse=True)
+        if len(merged) < len(used):  # several processes
+            sums = sums.new_zeros(len(merged), *sums.shape[1:]).index_add_(0, place, sums[used])
+            counts = counts.new_zeros(len(merged), counts.shape[1]).index_add_(0, place, counts[used])
+            used = torch.arange(len(merged))
         else:
-            order = keys.argsort()
-            sums, counts = sums[order], counts[order]
-        self._rows = {key: row for row, key in enumerate(merged.tolist())}
+            used = used[place.argsort()]  # the rows stay where they are: they may be a lot
+        self._rows = dict(zip(merged.tolist(), used.tolist(), strict=True))
         self._sums, self._counts = sums, counts
         self._n_channels = n_channels
         self._classes: dict[int, list[int]] = {}
@@ -110,9 +113,9 @@ class RelevanceVectors(Metric):
     ) -> None:
         super().__init__(compute_with_cache=False, **kwargs)
         self.n_channels, self.n_inputs, self.n_groups = n_channels, n_inputs, n_groups
-        self.max_entries = int(max_bytes // (4 * n_inputs * n_groups))
-        everything = num_classes * n_channels <= self.max_entries
-        self.max_full = num_classes if everything else self.max_entries // (2 * n_channels)
+        everything = num_classes * n_channels
+        self.max_entries = min(int(max_bytes // (4 * n_inputs * n_groups)), everything)
+        self.max_full = num_classes if everything <= self.max_entries else self.max_entries // (2 * n_channels)
         for name in ("keys", "sums", "counts"):
             self.add_state(name, [], dist_reduce_fx="cat")
         self.add_state("n_closed", torch.tensor(0), dist_reduce_fx="sum")
@@ -123,7 +126,7 @@ class RelevanceVectors(Metric):
     def _forget(self) -> None:
         self._slots = torch.empty(0)  # row of each entry, [K, C], or FREE
         self._hits = torch.empty(0)  # how often the channel was relevant, [rows]
-        self._n_rows = 0
+        self._n_used = 0
         self._seen: dict[int, int] = {}  # images of each class
         self._full: set[int] = set()  # classes with entries for all channels
 
@@ -156,10 +159,11 @@ class RelevanceVectors(Metric):
         return (rows != FREE).nonzero(as_tuple=True)  # type: ignore[return-value]
 
     def _make_room(self, device: torch.device) -> None:
-        self.keys.append(torch.empty(0, dtype=torch.long, device=device))
-        self.sums.append(torch.empty(0, self.n_groups, self.n_inputs, device=device))
-        self.counts.append(torch.empty(0, self.n_groups, device=device))
-        self._hits = torch.empty(0, device=device)
+        rows = self.max_entries
+        self.keys.append(torch.full((rows,), FREE, device=device))
+        self.sums.append(_zeros((rows, self.n_groups, self.n_inputs), device))
+        self.counts.append(_zeros((rows, self.n_groups), device))
+        self._hits = torch.zeros(rows, device=device)
         self._slots = torch.full((len(self._rank), self.n_channels), FREE, device=device)
 
     def _meet(self, label: int) -> None:
@@ -178,29 +182,19 @@ class RelevanceVectors(Metric):
 
     def _open(self, keys: Tensor) -> None:
         """New entries, as far as there is room."""
-        if self._n_rows + len(keys) > self.max_entries:
+        if self._n_used + len(keys) > self.max_entries:
             self._close_unlikely()
-        keys = keys[: self.max_entries - self._n_rows]
-        rows = torch.arange(self._n_rows, self._n_rows + len(keys), device=keys.device)
-        self._grow(self._n_rows + len(keys))
+        keys = keys[: self.max_entries - self._n_used]
+        rows = (self.keys[0] == FREE).nonzero()[: len(keys), 0]
         self.keys[0][rows] = keys
         self._slots.view(-1)[keys] = rows
-        self._n_rows += len(keys)
-
-    def _grow(self, n_rows: int) -> None:
-        capacity = len(self.keys[0])
-        if n_rows > capacity:
-            extra = min(max(n_rows, 2 * capacity), self.max_entries) - capacity
-            self.keys[0] = torch.cat([self.keys[0], self.keys[0].new_full((extra,), FREE)])
-            self.sums[0] = _with_zeros(self.sums[0], extra)
-            self.counts[0] = _with_zeros(self.counts[0], extra)
-            self._hits = _with_zeros(self._hits, extra)
+        self._n_used += len(keys)
 
     def _close_unlikely(self) -> None:
         """Give up the half of the entries, outside of the full classes, that was relevant least often."""
-        keys = self.keys[0][: self._n_rows]
+        keys = self.keys[0]
         full = torch.tensor(sorted(self._full), dtype=torch.long, device=keys.device)
-        loose = (~torch.isin(keys // self.n_channels, full)).nonzero()[:, 0]
+        loose = ((keys != FREE) & ~torch.isin(keys // self.n_channels, full)).nonzero()[:, 0]
         seen = torch.zeros(len(self._rank), device=keys.device)
         seen[list(self._seen)] = torch.tensor(list(self._seen.values()), dtype=seen.dtype, device=keys.device)
         # Of all images of the class, or an entry that was opened by the last one would look like a sure thing.
@@ -210,14 +204,11 @@ class RelevanceVectors(Metric):
         self._close(unlikely)
 
     def _close(self, rows: Tensor) -> None:
-        stays = torch.ones(self._n_rows, dtype=torch.bool, device=rows.device)
-        stays[rows] = False
-        kept = stays.nonzero()[:, 0]
-        self.keys[0], self.sums[0] = self.keys[0][kept], self.sums[0][kept]
-        self.counts[0], self._hits = self.counts[0][kept], self._hits[kept]
-        self._n_rows = len(kept)
-        self._slots.fill_(FREE)
-        self._slots.view(-1)[self.keys[0]] = torch.arange(self._n_rows, device=rows.device)
+        self._slots.view(-1)[self.keys[0][rows]] = FREE
+        self.keys[0][rows] = FREE
+        for values in (self.sums[0], self.counts[0], self._hits):
+            values[rows] = 0
+        self._n_used -= len(rows)
 
     def update(self, vectors: Tensor, images: Tensor, channels: Tensor, targets: Tensor) -> None:
         """Add a batch.
@@ -239,14 +230,22 @@ class RelevanceVectors(Metric):
         self._seen[label] = seen + 1
         return seen % self.n_groups
 
+    def trim(self) -> None:
+        """Let rows go that are not used, before the processes exchange theirs. The last thing before ``compute``."""
+        if self.keys:
+            used = int((self.keys[0] != FREE).nonzero().max()) + 1 if self._n_used else 0
+            for state in (self.keys, self.sums, self.counts):
+                state[0] = state[0][:used]
+
     def compute(self) -> ClassVectors:
         """The sums of all processes, on the CPU."""
         if not len(self.keys):  # not a single usable batch
             self._make_room(torch.device("cpu"))
         keys, sums, counts = (dim_zero_cat(state).cpu() for state in (self.keys, self.sums, self.counts))
-        used = keys != FREE
-        return ClassVectors(keys[used], sums[used], counts[used], self.n_channels, int(self.n_closed))
+        return ClassVectors(keys, sums, counts, self.n_channels, int(self.n_closed))
 
 
-def _with_zeros(values: Tensor, extra: int) -> Tensor:
-    return torch.cat([values, values.new_zeros(extra, *values.shape[1:])])
+def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device)
+    return torch.from_numpy(np.zeros(shape, dtype=np.float32))  # takes memory only once it is written to
