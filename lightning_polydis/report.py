@@ -276,7 +276,9 @@ class PolysemanticityReport:
         lines = [_summary_line(layer) for layer in self.layers]
         lines += [f"- {note}" for note in self.notes]
         header, rows = self._rows()
+        first = 1 if len(self.layers) == 1 else 0  # the summary names a single layer
         if rows:
+            header, rows = header[first:], [row[first:] for row in rows]
             shown = rows if max_rows is None else rows[:max_rows]
             lines += ["", _markdown_row(header), _markdown_row(["---"] * len(header))]
             lines += [_markdown_row([cell.replace("|", "\\|") for cell in row]) for row in shown]
@@ -317,7 +319,7 @@ class PolysemanticityReport:
         return pd.DataFrame([asdict(channel) for channel in self.channels])
 
     def _rows(self) -> tuple[list[str], list[list[str]]]:
-        header = ["layer", "channel", "concepts", "cosine similarity"]
+        header = ["layer", "channel", "concepts", "cosine"]
         measured_well = ["reliability", "clear"] if any(found.is_clear is not None for found in self.channels) else []
         qualities = self.__dict__.get("quality", self._saved_quality) or []  # only if it was asked for
         measured = {(quality.layer, quality.channel): quality for quality in qualities}

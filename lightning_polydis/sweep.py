@@ -188,7 +188,7 @@ def _suggestion(
 
 def sweep_markdown(sweep: LayerSweep) -> str:
     """A table of the grid: one row for each relevance threshold and class fraction, and the channels flagged there."""
-    header = ["relevance_threshold", "class_fraction", "candidates", "candidate pairs"]
+    header = ["relevance threshold", "class fraction", "candidates", "candidate pairs"]
     header += [
         f"flagged at {value if isinstance(value, str) else f'{value:g}'}" for value in sweep.similarity_thresholds
     ]

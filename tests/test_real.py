@@ -136,3 +136,23 @@ def test_splits_preserve_the_network_and_are_judged_on_other_photographs(net, ro
     figures = [concept.distortion for entry in quality for concept in entry.concepts]
     assert all(np.isfinite(figure) for figure in figures)
     assert all(concept.n_own == 5 * len(concept.classes) for entry in quality for concept in entry.concepts)
+
+
+def test_calibrated_flags_are_pairs_that_can_be_told_apart(net, root):
+    """Better by 0.1 than random candidate pairs, judged on photographs that took no part."""
+    layer = LAYERS[0]
+    place = {"relevance_threshold": 0.01, "class_fraction": 0.5, "calibration_samples": None, "progress": False}
+    train = list(photographs(root, "train", 30))
+    flagged = find_polysemantic_channels(net, train, layer, **place)
+    everything = find_polysemantic_channels(net, train, layer, similarity_threshold=1.0, **place)
+    assert len(flagged.pairs) > 10
+
+    def separation(pairs):
+        pairs = [(pair.layer, pair.channel, pair.class_a, pair.class_b) for pair in pairs]
+        plan = everything.plan_pairs(pairs)
+        judged = evaluate_splits(net, plan, photographs(root, "val", 10), progress=False)
+        return float(np.median([quality.mean("auroc") for quality in judged]))
+
+    order = np.random.default_rng(0).permutation(len(everything.pairs))[:30]
+    at_random = separation([everything.pairs[place] for place in order])
+    assert separation(flagged.pairs[:: max(1, len(flagged.pairs) // 30)]) > at_random + 0.1
