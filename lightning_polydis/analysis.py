@@ -53,6 +53,10 @@ class Observation:
     rows: list[int] | None
 
 
+CHUNK_ELEMENTS = 2**22
+"""Elements of relevance vectors that are made at once."""
+
+
 class ChannelAnalysis:
     """Collects what one pass over the data says about some layers.
 
@@ -167,8 +171,12 @@ class ChannelAnalysis:
         vectors, lowest = self._vectors[name], min(self._settings.relevance_thresholds)
         relevance, targets = (record.relevance, targets) if finite else (record.relevance[:0], targets[:0])
         images, channels = vectors.wanted(relevant_channels(relevance, lowest), targets)
-        found = source_relevances(self._layers[name], record.seen.inputs, record.gradient, images, channels)
-        vectors.update(found, images, channels, targets)
+        step = max(1, CHUNK_ELEMENTS // (vectors.n_channels * vectors.n_inputs))
+        for start in range(0, max(len(targets), 1), step):  # some images at a time: all their vectors may be a lot
+            part, rows = slice(start, start + step), (images >= start) & (images < start + step)
+            pairs = images[rows] - start, channels[rows]
+            found = source_relevances(self._layers[name], record.seen.inputs[part], record.gradient[part], *pairs)
+            vectors.update(found, *pairs, targets[part])
 
     def _keep(
         self, samples: CalibrationSamples, seen: Observation, targets: Tensor, relevance: Tensor, finite: bool
@@ -278,12 +286,11 @@ def _remarks(n_images: Tensor, n_left_out: int) -> list[str]:
 
 
 def _losses(evidence: Mapping[str, LayerEvidence]) -> list[str]:
-    closed = {name: layer.vectors.n_closed for name, layer in evidence.items() if layer.vectors is not None}
     return [
-        f"{n_closed} (class, channel) entries of `{name}`, those that were relevant least often, did not fit into the "
-        "memory for relevance vectors, a quarter of `calibration_memory`."
-        for name, n_closed in closed.items()
-        if n_closed
+        f"{n_missing} of the (class, channel) entries that are relevant in `{name}` did not fit into the memory for "
+        "relevance vectors, a quarter of `calibration_memory`, and were left out."
+        for name, layer in evidence.items()
+        if (n_missing := layer.n_missing())
     ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 MAX_STEPS = 100
 TOLERANCE = 1e-9
-"""Largest projected gradient of a solution, relative to the largest gradient at the start."""
+"""Largest projected gradient of a solution, relative to the largest gradient at the start (if rounding lets it)."""
 
 RIDGE = 1e-9
 SUFFICIENT_DECREASE = 1e-4
@@ -96,6 +96,7 @@ def minimise_in_box(problem: HingedLeastSquares, tolerance: float = TOLERANCE) -
     optimality = problem.rows.new_zeros(n_problems)
     first: Tensor | None = None
     open_ = torch.arange(n_problems, device=values.device)
+    moved = torch.ones_like(open_, dtype=torch.bool)  # what rounding keeps from moving is done
     n_steps = 0
     for n_steps in range(MAX_STEPS + 1):
         current = values[open_]
@@ -105,14 +106,17 @@ def minimise_in_box(problem: HingedLeastSquares, tolerance: float = TOLERANCE) -
             first = gradient.abs().amax(1).clamp(min=torch.finfo(gradient.dtype).tiny)
         projected = _projected(current, gradient)
         optimality[open_] = projected.abs().amax(1) / first[open_]
-        going = optimality[open_] > tolerance
+        going = (optimality[open_] > tolerance) & moved
         if not bool(going.any()) or n_steps == MAX_STEPS:
             break
         if int(going.sum()) <= len(going) * WORTH_COPYING:
             problem, open_ = problem[going], open_[going]
             current, errors, gradient, projected = (part[going] for part in (current, errors, gradient, projected))
+            going = going[going]
         step = _newton_step(problem.curvature(errors), projected)
-        values[open_] = _shortened(problem, current, gradient, step, problem.loss(errors))
+        reached = _shortened(problem, current, gradient, step, problem.loss(errors), going)
+        moved = (reached != current).any(1)
+        values[open_] = reached
     return BoxSolution(values, optimality, n_steps)
 
 
@@ -133,9 +137,11 @@ def _newton_step(curvature: Tensor, projected: Tensor) -> Tensor:
     return -torch.cholesky_solve(projected[..., None], factor)[..., 0]
 
 
-def _shortened(problem: HingedLeastSquares, start: Tensor, gradient: Tensor, step: Tensor, loss: Tensor) -> Tensor:
-    """Go along the step, bent at the bounds, as far as the loss falls sufficiently."""
-    reached, todo = start.clone(), torch.arange(len(start), device=start.device)
+def _shortened(
+    problem: HingedLeastSquares, start: Tensor, gradient: Tensor, step: Tensor, loss: Tensor, going: Tensor
+) -> Tensor:
+    """Go along the step, bent at the bounds, as far as the loss falls sufficiently; only where it is ``going``."""
+    reached, todo = start.clone(), going.nonzero()[:, 0]
     length = 1.0
     while len(todo) and length >= SHORTEST_STEP:
         tried = (start + length * step).clamp(0, 1)
@@ -143,7 +149,8 @@ def _shortened(problem: HingedLeastSquares, start: Tensor, gradient: Tensor, ste
         few = len(todo) <= len(start) * WORTH_COPYING
         part, those = (problem[todo], todo) if few else (problem, slice(None))
         falls = torch.zeros_like(loss, dtype=torch.bool)
-        falls[those] = part.loss(part.errors(tried[those])) <= (loss + SUFFICIENT_DECREASE * expected)[those]
+        allowed = loss + SUFFICIENT_DECREASE * expected
+        falls[those] = part.loss(part.errors(tried[those])) < allowed[those]
         done = todo[falls[todo]]
         reached[done] = tried[done]
         todo, length = todo[~falls[todo]], length / 2

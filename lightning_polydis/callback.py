@@ -324,12 +324,12 @@ class ChannelDisentanglement(Callback):
         plan = None
         with self._guarded():
             plan = self._report.plan
+            self._report.judge()
+            self._save(trainer, self._report, "report.json")
             if plan is not None:
-                self._report.judge()
-                self._save(trainer, self._report, "report.json")
                 self._save(trainer, plan, "split_plan.json")
-                log_report(trainer.loggers, self._report, self._analysed_step)  # once more, with the splits' quality
-                log_sweeps(trainer.loggers, self._report, self._analysed_step)
+            log_report(trainer.loggers, self._report, self._analysed_step)  # once more, with the splits' quality
+            log_sweeps(trainer.loggers, self._report, self._analysed_step)
             show_report(self._report)
         return plan
 

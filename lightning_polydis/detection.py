@@ -27,7 +27,9 @@ class PolysemanticPair:
         channel: Index of the output channel.
         class_a: The smaller class index.
         class_b: The larger class index.
-        cosine_similarity: Between the averaged relevance vectors of the two classes, in [-1, 1].
+        cosine_similarity: Between the averaged relevance vectors of the two classes, in [-1, 1], as measured. This is
+            compared with a threshold that is a number; a calibrated one is compared with the similarity without noise
+            (`similarity.Similarities`).
         interval: 95 % interval of the similarity that very many images would give, see
             `similarity.grouped_similarities`; `None` where it was not measured.
         is_clear: Whether the whole interval lies below the threshold; `None` where it was not measured.

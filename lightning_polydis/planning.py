@@ -73,7 +73,15 @@ class LayerEvidence:
         """
         fraction = self.settings.class_fraction if class_fraction is None else class_fraction
         relevant = self.statistics.relevant(fraction, threshold)
-        return relevant if self.vectors is None else relevant & self.vectors.known(len(relevant))
+        return relevant if self._known is None else relevant & self._known
+
+    @cached_property
+    def _known(self) -> Tensor | None:
+        return None if self.vectors is None else self.vectors.known(len(self.statistics.n_images))
+
+    def n_missing(self) -> int:
+        """Entries that are relevant but have no vectors, for lack of memory."""
+        return int((self.statistics.relevant(self.settings.class_fraction) & ~self.relevant()).sum())
 
     def similarities(self, channel: int, classes: Sequence[int]) -> Similarities:
         """Similarities of the relevance vectors that a channel has for some classes."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_polydis.box_newton import HingedLeastSquares, minimise_in_box
-from lightning_polydis.layers import flat_weight, source_contributions
+from lightning_polydis.layers import flat_weight, inputs_per_channel, source_contributions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +24,9 @@ MAX_IMAGES = 64
 
 MAX_ROWS = 2**15
 """Positions, over all images of a channel, that have a say; of larger maps a fixed random part."""
+
+CHANNEL_ELEMENTS = 2**25
+"""Size that the problems of one channel may have together; of wide layers fewer positions have a say."""
 
 BATCH_ELEMENTS = 2**25
 """Size of the problems that are solved together; bounds memory at three to four times 256 MiB."""
@@ -71,7 +74,7 @@ def soft_memberships(
     * images of all remaining classes: :math:`\max(s_i d_i - \max(s_i z, 0), 0)^2`, over the first mean.
 
     A term without images or with a mean of zero is dropped. The loss is convex; it is minimised until the largest
-    projected gradient is 1e-9 of the largest gradient at the start.
+    projected gradient is 1e-9 of the largest gradient at the start, or as far as rounding lets.
 
     Args:
         layer: The layer, on the CPU.
@@ -118,9 +121,11 @@ def channel_rows(layer: LinearLayer, split: WantedSplit, samples: Samples) -> Ch
     rest = samples[~torch.isin(samples.targets, torch.tensor(named))]
     kept = [_thinned(part, MAX_IMAGES) for part in (*groups, rest)]
     n_images = sum(map(len, kept))
+    n_rows = min(MAX_ROWS, CHANNEL_ELEMENTS // (inputs_per_channel(layer) * len(groups)))
+    max_positions = max(1, n_rows // max(n_images, 1))
     contributions, owners = [], []
     for concept, part in zip((*range(len(groups)), -1), kept, strict=True):
-        values = _contributions(layer, split.channel, part, MAX_ROWS // max(n_images, 1))
+        values = _contributions(layer, split.channel, part, max_positions)
         contributions.append(values)
         owners.append(torch.full((len(values),), concept))
     bias = 0.0 if layer.bias is None else float(layer.bias.detach()[split.channel])

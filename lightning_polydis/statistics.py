@@ -81,8 +81,12 @@ class ClassStatistics:
         Returns:
             ``[K, C]``, boolean; false for classes without images (arXiv:2504.12939, section 3).
         """
-        share = self.counts[threshold].double() / self.n_images.clamp(min=1)[:, None]
-        return (share >= class_fraction) & (self.n_images > 0)[:, None]
+        # The least number of images that is a large enough share; by division, as rounding makes 0.55 * 20 more than 11.
+        total = self.n_images.clamp(min=1)
+        near = (class_fraction * total.double()).floor()[:, None] + torch.tensor([-1.0, 0.0, 1.0], dtype=torch.double)
+        is_enough = (near / total[:, None] >= class_fraction) & (near > 0)
+        enough = near.gather(1, is_enough.int().argmax(1, keepdim=True))
+        return (self.counts[threshold] >= enough) & (self.n_images > 0)[:, None]
 
 
 class ChannelStatistics(Metric):

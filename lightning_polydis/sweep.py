@@ -56,12 +56,14 @@ class SuggestedSettings:
     """Settings to run the analysis with, and why.
 
     Attributes:
+        method: That of the analysis.
         relevance_threshold: See `AnalysisSettings`.
         class_fraction: See `AnalysisSettings`.
         similarity_threshold: See `AnalysisSettings`.
         reason: In words.
     """
 
+    method: str
     relevance_threshold: float
     class_fraction: float
     similarity_threshold: float | str
@@ -156,18 +158,24 @@ def suggest_settings(sweeps: Sequence[LayerSweep], current: dict[str, Any]) -> S
         good = (candidates >= enough) & (flagged[..., level] > 0)
         if good[at] or good.any():
             best = at if good[at] else min(zip(*good.nonzero(), strict=True), key=lambda cell: pairs[cell])
-            return _suggestion(first, (int(best[0]), int(best[1]), level), candidates, flagged, n_channels, at)
+            cell = (int(best[0]), int(best[1]), level)
+            return _suggestion(first, current["method"], cell, candidates, flagged, n_channels, at)
     reason = (
         f"Nothing better on the grid: no setting leaves {enough:.0f} candidate channels and a flag among them. "
         "On these classes the layer looks monosemantic, or too few of its channels matter; try another layer."
     )
     return SuggestedSettings(
-        current["relevance_threshold"], current["class_fraction"], current["similarity_threshold"], reason
+        current["method"],
+        current["relevance_threshold"],
+        current["class_fraction"],
+        current["similarity_threshold"],
+        reason,
     )
 
 
 def _suggestion(
     grid: LayerSweep,
+    method: str,
     cell: tuple[int, int, int],
     candidates: np.ndarray,
     flagged: np.ndarray,
@@ -182,7 +190,11 @@ def _suggestion(
         reason = f"The strictest settings that leave enough to look at: {numbers}. With those in force it is "
         reason += f"{candidates[at]} and {flagged[(*at, cell[2])]}."
     return SuggestedSettings(
-        grid.relevance_thresholds[cell[0]], grid.class_fractions[cell[1]], grid.similarity_thresholds[cell[2]], reason
+        method,
+        grid.relevance_thresholds[cell[0]],
+        grid.class_fractions[cell[1]],
+        grid.similarity_thresholds[cell[2]],
+        reason,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,8 @@ N_GROUPS = 8
 """Groups of images that sums are kept for, so that it can be told how sure a mean is."""
 
 FREE = -1
+KEPT_WHEN_FULL = 0.75
+"""Part of the entries that stay when there is no room left, so that there is some again for a while."""
 
 
 class ClassVectors:
@@ -28,10 +31,9 @@ class ClassVectors:
         sums: Sum of the images' relevance vectors, ``[N, G, I]``, by group of images.
         counts: Images in each sum, ``[N, G]``.
         n_channels: Output channels of the layer.
-        n_closed: Entries that were given up for lack of memory.
     """
 
-    def __init__(self, keys: Tensor, sums: Tensor, counts: Tensor, n_channels: int, n_closed: int = 0) -> None:
+    def __init__(self, keys: Tensor, sums: Tensor, counts: Tensor, n_channels: int) -> None:
         used = (keys != FREE).nonzero()[:, 0]
         merged, place = keys[used].unique(return_inverse=True)
         if len(merged) < len(used):  # several processes
@@ -46,7 +48,6 @@ class ClassVectors:
         self._classes: dict[int, list[int]] = {}
         for key in self._rows:
             self._classes.setdefault(key % n_channels, []).append(key // n_channels)
-        self.n_closed = n_closed
 
     def classes(self, channel: int) -> list[int]:
         """Classes that have an entry for a channel, ascending."""
@@ -73,9 +74,9 @@ class RelevanceVectors(Metric):
     r"""Means over a class's images of `layers.source_relevances`, for the entries that matter, within a fixed memory.
 
     An entry is a class and a channel. As many classes as fit into half of the memory have entries for all channels,
-    from their first image on (all classes, if all fit); which classes these are does not depend on their order. For
-    the other classes an entry is opened when the channel is first relevant for an image of the class. When the memory
-    is full, the half of those entries that were relevant least often is given up.
+    from their first image on (all classes, if all fit); which classes these are does not depend on the order in which
+    they are seen. For the others an entry is opened when the channel is first relevant for an image of the class. When
+    the memory is full, those entries give way that were relevant for the smallest share of their class's images.
 
     An entry takes ``groups x inputs x 4`` bytes. For each batch ask which entries are ``wanted``, then ``update``.
 
@@ -100,7 +101,6 @@ class RelevanceVectors(Metric):
     keys: list[Tensor]
     sums: list[Tensor]
     counts: list[Tensor]
-    n_closed: Tensor
 
     def __init__(
         self,
@@ -118,16 +118,16 @@ class RelevanceVectors(Metric):
         self.max_full = num_classes if everything <= self.max_entries else self.max_entries // (2 * n_channels)
         for name in ("keys", "sums", "counts"):
             self.add_state(name, [], dist_reduce_fx="cat")
-        self.add_state("n_closed", torch.tensor(0), dist_reduce_fx="sum")
         # A fixed order of preference, unrelated to the order in which classes are numbered or seen.
         self._rank = torch.randperm(num_classes, generator=torch.Generator().manual_seed(0)).tolist()
         self._forget()
 
     def _forget(self) -> None:
         self._slots = torch.empty(0)  # row of each entry, [K, C], or FREE
-        self._hits = torch.empty(0)  # how often the channel was relevant, [rows]
+        self._hits = torch.empty(0)  # how often each channel was relevant for each class, [K, C], with an entry or not
+        self._n_images = torch.empty(0)  # of each class, [K]
         self._n_used = 0
-        self._seen: dict[int, int] = {}  # images of each class
+        self._turns: dict[int, int] = {}  # images of each class that were given to a group
         self._full: set[int] = set()  # classes with entries for all channels
 
     def reset(self) -> None:
@@ -147,66 +147,64 @@ class RelevanceVectors(Metric):
         """
         if not self.keys:
             self._make_room(relevant.device)
-        for label in sorted(set(targets.tolist()) - set(self._seen), key=self._rank.__getitem__):
+        self._hits.index_add_(0, targets, relevant.to(self._hits.dtype))
+        self._n_images.index_add_(0, targets, torch.ones_like(targets, dtype=self._n_images.dtype))
+        for label in sorted(set(targets.tolist()) - set(self._turns), key=self._rank.__getitem__):
             self._meet(label)
-        missing = relevant & (self._slots[targets] == FREE)
-        images, channels = missing.nonzero(as_tuple=True)
+        images, channels = (relevant & (self._slots[targets] == FREE)).nonzero(as_tuple=True)
         if len(images):
             self._open((targets[images] * self.n_channels + channels).unique())
-        rows = self._slots[targets]
-        hits = (relevant & (rows != FREE)).nonzero(as_tuple=True)
-        self._hits.index_add_(0, rows[hits], torch.ones_like(rows[hits], dtype=self._hits.dtype))
-        return (rows != FREE).nonzero(as_tuple=True)  # type: ignore[return-value]
+        return (self._slots[targets] != FREE).nonzero(as_tuple=True)  # type: ignore[return-value]
 
     def _make_room(self, device: torch.device) -> None:
-        rows = self.max_entries
+        rows, shape = self.max_entries, (len(self._rank), self.n_channels)
         self.keys.append(torch.full((rows,), FREE, device=device))
         self.sums.append(_zeros((rows, self.n_groups, self.n_inputs), device))
         self.counts.append(_zeros((rows, self.n_groups), device))
-        self._hits = torch.zeros(rows, device=device)
-        self._slots = torch.full((len(self._rank), self.n_channels), FREE, device=device)
+        self._slots = torch.full(shape, FREE, device=device)
+        self._hits, self._n_images = torch.zeros(shape, device=device), torch.zeros(shape[0], device=device)
 
     def _meet(self, label: int) -> None:
         """Give a class entries for all channels, if its turn comes before that of another one."""
-        self._seen[label] = 0
+        self._turns[label] = 0
         if len(self._full) >= self.max_full:
             last = max(self._full, key=self._rank.__getitem__, default=label)
             if self._rank[label] >= self._rank[last]:
                 return
             self._full.discard(last)
-            own = self._slots[last][self._slots[last] != FREE]
-            self._close(own[self._hits[own] == 0])
+            own = self._slots[last]
+            self._close(own[(own != FREE) & (self._hits[last] == 0)])
         self._full.add(label)
         row = torch.arange(self.n_channels, device=self._slots.device)
         self._open((label * self.n_channels + row)[self._slots[label] == FREE])
 
     def _open(self, keys: Tensor) -> None:
-        """New entries, as far as there is room."""
+        """New entries, as far as there is room for them or they are more likely than others."""
         if self._n_used + len(keys) > self.max_entries:
-            self._close_unlikely()
-        keys = keys[: self.max_entries - self._n_used]
+            keys = self._make_way(keys)
         rows = (self.keys[0] == FREE).nonzero()[: len(keys), 0]
         self.keys[0][rows] = keys
         self._slots.view(-1)[keys] = rows
         self._n_used += len(keys)
 
-    def _close_unlikely(self) -> None:
-        """Give up the half of the entries, outside of the full classes, that was relevant least often."""
-        keys = self.keys[0]
+    def _make_way(self, keys: Tensor) -> Tensor:
+        """Close the entries that were relevant least often, some more than needed; which of the new ones find room."""
         full = torch.tensor(sorted(self._full), dtype=torch.long, device=keys.device)
-        loose = ((keys != FREE) & ~torch.isin(keys // self.n_channels, full)).nonzero()[:, 0]
-        seen = torch.zeros(len(self._rank), device=keys.device)
-        seen[list(self._seen)] = torch.tensor(list(self._seen.values()), dtype=seen.dtype, device=keys.device)
-        # Of all images of the class, or an entry that was opened by the last one would look like a sure thing.
-        share = self._hits[loose] / seen[keys[loose] // self.n_channels].clamp(min=1)
-        unlikely = loose[share.argsort(stable=True)[: (len(loose) + 1) // 2]]
-        self.n_closed += len(unlikely)
-        self._close(unlikely)
+        taken = self.keys[0]
+        loose = ((taken != FREE) & ~torch.isin(taken // self.n_channels, full)).nonzero()[:, 0]
+        n_stay = ceil(KEPT_WHEN_FULL * (self.max_entries - self._n_used + len(loose)))
+        everyone = torch.cat([taken[loose], keys])
+        labels = everyone // self.n_channels
+        share = self._hits.view(-1)[everyone] / self._n_images[labels].clamp(min=1)
+        share[torch.isin(labels, full)] = 2  # these come first
+        order = share.argsort(descending=True, stable=True)
+        self._close(loose[order[n_stay:][order[n_stay:] < len(loose)]])
+        return keys[(order[:n_stay][order[:n_stay] >= len(loose)] - len(loose)).sort().values]
 
     def _close(self, rows: Tensor) -> None:
         self._slots.view(-1)[self.keys[0][rows]] = FREE
         self.keys[0][rows] = FREE
-        for values in (self.sums[0], self.counts[0], self._hits):
+        for values in (self.sums[0], self.counts[0]):
             values[rows] = 0
         self._n_used -= len(rows)
 
@@ -226,9 +224,9 @@ class RelevanceVectors(Metric):
         self.counts[0].view(-1).index_add_(0, places, torch.ones_like(places, dtype=self.counts[0].dtype))
 
     def _next_group(self, label: int) -> int:
-        seen = self._seen[label]
-        self._seen[label] = seen + 1
-        return seen % self.n_groups
+        turn = self._turns[label]
+        self._turns[label] = turn + 1
+        return turn % self.n_groups
 
     def trim(self) -> None:
         """Let rows go that are not used, before the processes exchange theirs. The last thing before ``compute``."""
@@ -239,10 +237,10 @@ class RelevanceVectors(Metric):
 
     def compute(self) -> ClassVectors:
         """The sums of all processes, on the CPU."""
-        if not len(self.keys):  # not a single usable batch
+        if isinstance(self.keys, list) and not self.keys:  # not a single usable batch
             self._make_room(torch.device("cpu"))
         keys, sums, counts = (dim_zero_cat(state).cpu() for state in (self.keys, self.sums, self.counts))
-        return ClassVectors(keys, sums, counts, self.n_channels, int(self.n_closed))
+        return ClassVectors(keys, sums, counts, self.n_channels)
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:

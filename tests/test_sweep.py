@@ -56,7 +56,7 @@ def grid(candidates, flagged, n_channels=20):
     return LayerSweep("x", n_channels, [0.01, 0.03], [0.5, 0.75], [0.5], candidates, pairs, flags, flags)
 
 
-IN_FORCE = {"relevance_threshold": 0.03, "class_fraction": 0.75, "similarity_threshold": 0.5}
+IN_FORCE = {"method": "optimized", "relevance_threshold": 0.03, "class_fraction": 0.75, "similarity_threshold": 0.5}
 
 
 def test_settings_that_leave_enough_are_kept():
@@ -83,6 +83,7 @@ def test_a_higher_similarity_threshold_is_suggested_where_nothing_else_helps():
     flags = [[[0, 2], [0, 1]], [[0, 1], [0, 0]]]
     sweep = LayerSweep("x", 20, [0.01, 0.03], [0.5, 0.75], [0.5, 0.9], [[9, 8], [5, 1]], [[9, 8], [5, 1]], flags, flags)
     assert suggest_settings([sweep], IN_FORCE).arguments() == {
+        "method": "optimized",
         "relevance_threshold": 0.03,
         "class_fraction": 0.5,
         "similarity_threshold": 0.9,
