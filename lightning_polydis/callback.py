@@ -325,6 +325,8 @@ class ChannelDisentanglement(Callback):
         with self._guarded():
             plan = self._report.plan
             self._report.judge()
+            if trainer.loggers or self.dirpath is not None:  # somebody will see them
+                _ = self._report.sweeps
             self._save(trainer, self._report, "report.json")
             if plan is not None:
                 self._save(trainer, plan, "split_plan.json")

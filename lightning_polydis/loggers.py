@@ -49,10 +49,12 @@ def log_sweeps(loggers: Iterable[Logger], report: PolysemanticityReport, step: i
         step: Global step of the analysis.
     """
     boards = [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
-    suggested = report.suggest_settings() if boards else None
+    if not boards:  # nobody would see what takes some time to count
+        return
+    suggested = report.suggest_settings()
     for sweep, board in product(report.sweeps, boards):
         tag = f"polydis/{sweep.layer}/settings"
-        text = f"Suggested: `{suggested.arguments()}`. {suggested.reason}" if suggested else ""
+        text = f"Suggested: `{suggested.arguments()}`. {suggested.reason}"
         board.add_text(tag, f"{text}\n\n{sweep_markdown(sweep)}", step)
         with suppress(ModuleNotFoundError):  # without matplotlib the table has to do
             board.add_figure(tag, sweep_figure(sweep, report.settings), step)

@@ -156,8 +156,8 @@ class PolysemanticityReport:
         return suggest_settings(self.sweeps, self.settings)
 
     def judge(self) -> None:
-        """Count the sweeps and measure the quality of the plan's splits now, so that tables and files show them."""
-        _ = self.quality, self.sweeps
+        """Measure the quality of the plan's splits now, so that tables and files show it."""
+        _ = self.quality
 
     def plan_pairs(self, pairs: Iterable[tuple[str, int, int, int]]) -> SplitPlan:
         """Plan splits of chosen channels between two classes each, flagged or not (the paper's case).
@@ -235,7 +235,7 @@ class PolysemanticityReport:
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, without the calibration samples; the file appears whole or not at all.
 
-        The quality of the splits and the sweeps are included if they were asked for before (`judge` asks for both).
+        The quality of the splits and the sweeps are included if they were asked for before.
         """
         has_sweeps = "sweeps" in self.__dict__ or self._saved_sweeps is not None
         has_quality = "quality" in self.__dict__ or self._saved_quality is not None

@@ -81,7 +81,7 @@ class ClassStatistics:
         Returns:
             ``[K, C]``, boolean; false for classes without images (arXiv:2504.12939, section 3).
         """
-        # The least number of images that is a large enough share; by division, as rounding makes 0.55 * 20 more than 11.
+        # The least number of images that is a large enough share, by division: rounding makes 0.55 * 20 more than 11.
         total = self.n_images.clamp(min=1)
         near = (class_fraction * total.double()).floor()[:, None] + torch.tensor([-1.0, 0.0, 1.0], dtype=torch.double)
         is_enough = (near / total[:, None] >= class_fraction) & (near > 0)
