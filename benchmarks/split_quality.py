@@ -1,7 +1,8 @@
 """How good are splits? The same pairs of classes, split by both methods, judged on images that took no part.
 
 On each network, at the settings that ``report.suggest_settings()`` proposes: pairs that ``similarity_threshold="auto"``
-flags, and random candidate pairs, split by ``method="paper"`` and by ``method="optimized"``. Medians over pairs, with
+flags, and random candidate pairs, split by ``method="paper"``, ``method="optimized"`` and symmetric dominance, a hard
+rule between the two. Medians over pairs, with
 quartiles. Both methods are measured in the direction in which a class uses the channel; the paper, which knows only
 positive values, would look worse without. Then: how well does the similarity of a pair foretell what its split is
 worth, with the relevance vectors of either method? (Spearman's correlation with the AUROC, over random candidate pairs;
@@ -26,12 +27,16 @@ from networks import World, worlds
 from scipy.stats import spearmanr
 
 from lightning_polydis import (
+    ChannelSplit,
     PolysemanticityReport,
     SplitPlan,
     SplitQuality,
     evaluate_splits,
     find_polysemantic_channels,
 )
+from lightning_polydis.layers import channel_outputs, flat_weight
+from lightning_polydis.membership import DOMINANCE_RATIOS, part_weights
+from lightning_polydis.planning import LayerEvidence
 
 FIGURES = ("distortion", "leak", "spurious", "auroc")
 Pair = tuple[str, int, int, int]
@@ -69,10 +74,40 @@ def analyse(world: World, layer: str, leak_weight: float) -> Reports:
 
 
 def split(reports: Reports, pairs: Sequence[Pair]) -> dict[str, SplitPlan]:
-    """The pairs split by both methods, with the same directions."""
+    """The pairs split by both methods and by symmetric dominance, with the same directions."""
     optimized, paper = reports.optimized.plan_pairs(pairs), reports.paper.plan_pairs(pairs)
     directed = [replace(theirs, directions=ours.directions) for theirs, ours in zip(paper, optimized, strict=True)]
-    return {"paper": SplitPlan(directed), "optimized": optimized}
+    symmetric = [symmetric_dominance(reports.optimized, ours) for ours in optimized]
+    return {"paper": SplitPlan(directed), "symmetric dominance": SplitPlan(symmetric), "optimized": optimized}
+
+
+def symmetric_dominance(report: PolysemanticityReport, ours: ChannelSplit) -> ChannelSplit:
+    """The paper's hard rule in a form that does not mind the order of classes or inhibition, on optimized's vectors.
+
+    A source is one concept's alone if its vector is larger there by more than ``(1 - ratio)`` of the larger absolute
+    value; the ratio of the twenty is the one that the paper's objective likes best, in the concepts' directions.
+    """
+    evidence = report._evidence[ours.layer]
+    a, b = evidence.vectors.means(ours.channel, [concept[0] for concept in ours.concepts])
+    larger = torch.maximum(a.abs(), b.abs())
+    candidates = []
+    for ratio in DOMINANCE_RATIOS:
+        only = [difference > (1 - ratio) * larger for difference in (a - b, b - a)]
+        candidates.append(replace(ours, membership=torch.stack([~only[1], ~only[0]]).float()))
+    return max(candidates, key=lambda candidate: _separation(evidence, candidate))
+
+
+def _separation(evidence: LayerEvidence, candidate: ChannelSplit) -> float:
+    """The paper's objective."""
+    layer, total = evidence.layer, 0.0
+    bias = None if layer.bias is None else layer.bias[candidate.channel]
+    weight, biases = part_weights(flat_weight(layer)[candidate.channel], bias, candidate.membership)
+    for own, (concept, sign) in enumerate(zip(candidate.concepts, candidate.signs(), strict=True)):
+        inputs = evidence.samples.of_classes(concept).inputs
+        outputs = channel_outputs(layer, inputs, weight[:2], None if biases is None else biases[:2])
+        activation = (sign * outputs).clamp(min=0).sum(2)
+        total += float((activation[:, own] / (activation[:, 1 - own] + 1e-5)).mean())
+    return total
 
 
 def judge(world: World, plan: SplitPlan, reports: Reports) -> list[SplitQuality]:
