@@ -8,7 +8,7 @@ from lightning_polydis.evaluation import ConceptQuality, SplitQuality
 from lightning_polydis.functional import evaluate_splits, find_polysemantic_channels
 from lightning_polydis.plan import ChannelSplit, SplitPlan
 from lightning_polydis.report import PolysemanticityReport
-from lightning_polydis.splitting import SplitConv2d, SplitLinear
+from lightning_polydis.splitting import SplitConv1d, SplitConv2d, SplitConv3d, SplitLinear
 from lightning_polydis.surgery import disentangle
 
 __all__ = [
@@ -18,7 +18,9 @@ __all__ = [
     "PolysemanticChannel",
     "PolysemanticPair",
     "PolysemanticityReport",
+    "SplitConv1d",
     "SplitConv2d",
+    "SplitConv3d",
     "SplitLinear",
     "SplitPlan",
     "SplitQuality",

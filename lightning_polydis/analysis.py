@@ -16,6 +16,7 @@ from lightning_polydis.discovery import LayerDiscovery
 from lightning_polydis.layers import (
     LinearLayer,
     channel_count,
+    channels_are_last,
     find_layer,
     inputs_per_channel,
     plain_copy,
@@ -162,7 +163,7 @@ class ChannelAnalysis:
                 self._keep(self._samples[name], record.seen, targets, record.relevance, finite)
 
     def _count(self, name: str, record: LayerRecord, targets: Tensor, finite: bool) -> None:
-        channels_last = isinstance(self._layers[name], nn.Linear)
+        channels_last = channels_are_last(self._layers[name])
         gradients = sum_over_positions(record.gradient, channels_last=channels_last)
         self._statistics[name].update(record.relevance, gradients, targets, record.seen.sums, leave_out=not finite)
 
@@ -207,7 +208,7 @@ class ChannelAnalysis:
             n_channels, device = record.relevance.shape[1], record.relevance.device
             n_inputs = inputs_per_channel(self._layers[name])
             optimized = self._settings.method == "optimized"
-            windows = None if optimized else (n_inputs, record.seen.sums.shape[2])
+            windows = None if optimized else tuple(record.seen.sums.shape[1:])
             thresholds = self._settings.relevance_thresholds
             self._statistics[name] = ChannelStatistics(num_classes, n_channels, thresholds, windows).to(device)
             if optimized:

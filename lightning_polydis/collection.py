@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
 from lightning_polydis.forward import CallStack, default_logits, detached, path_to
-from lightning_polydis.layers import sum_over_positions
+from lightning_polydis.layers import channels_are_last, sum_over_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -101,7 +101,7 @@ class RelevanceCollector:
         self._layers = dict(layers)
         self._observe = observe or (lambda name, inputs: None)
         self._channels_last = {
-            name: isinstance(getattr(module, "expand", module), nn.Linear) for name, module in layers.items()
+            name: channels_are_last(getattr(module, "expand", module)) for name, module in layers.items()
         }
         self._logits_fn = logits_fn or default_logits
         self._logits_module = logits_module

@@ -1,12 +1,13 @@
 """What the package has to know about a layer that is linear in its input.
 
-Convolutions and linear layers are brought into one form: weights ``[C, I, k]`` (``k`` kernel offsets, 1 for a linear
-layer), outputs ``[B, C, P]`` (``P`` positions: pixels, or every dimension between batch and features).
+Convolutions and linear layers are brought into one form: weights ``[C, I, k]`` (``I`` inputs that one channel reads,
+``k`` kernel offsets, 1 for a linear layer), outputs ``[B, C, P]`` (``P`` positions: pixels, or every dimension between
+batch and features). A grouped convolution reads ``G * I`` inputs, of which each channel sees those of its group.
 """
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import groupby, product
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -17,9 +18,12 @@ from torch.nn.utils import skip_init
 from lightning_polydis._checks import InputError, closest_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-LinearLayer: TypeAlias = nn.Conv2d | nn.Linear
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+LinearLayer: TypeAlias = Convolution | nn.Linear
+KINDS: tuple[type[LinearLayer], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 MIN_INPUTS_BY_DEFAULT = 8
 """A layer with fewer inputs per channel is never chosen by default: so short a vector says little about concepts."""
@@ -53,7 +57,7 @@ def find_layer(model: nn.Module, name: str) -> LinearLayer:
     if reason is not None:
         close = closest_names(name, supported)
         hint = f" Layers of this model with a similar name: {close}." if close else ""
-        raise InputError(f"Expected layer `{name}` to be an `nn.Conv2d` or `nn.Linear`, but got {reason}.{hint}")
+        raise InputError(f"Expected layer `{name}` to be a convolution or `nn.Linear`, but got {reason}.{hint}")
     return cast("LinearLayer", module)
 
 
@@ -62,22 +66,19 @@ def unsupported_reason(module: nn.Module) -> str | None:
     kind = f"`{type(module).__name__}`"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{kind}, whose shape is not known before its first forward pass (run the model once)"
-    if not isinstance(module, nn.Conv2d | nn.Linear):
+    own = next((plain for plain in KINDS if isinstance(module, plain)), None)
+    if own is None:
         return kind
-    own = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
     if type(module).forward is not own.forward or getattr(type(module), "_conv_forward", None) is not getattr(
         own, "_conv_forward", None
     ):
         return f"{kind}, a subclass of `{own.__name__}` with a forward pass of its own"
     if "weight" not in dict(module.named_parameters(recurse=False)):
         return f"{kind}, whose weight is computed from others (weight norm, spectral norm or another parametrization)"
-    if isinstance(module, nn.Linear):
-        return None
-    if module.groups == 1:
-        return None
-    if inputs_per_channel(module) == 1:
+    layer = cast("LinearLayer", module)
+    if group_count(layer) > 1 and inputs_per_channel(layer) == 1:
         return f"a depthwise {kind}: each of its channels reads one input channel, so there is no vector to compare"
-    return f"{kind} with groups={module.groups}, which this version does not support yet"
+    return None
 
 
 def inputs_per_channel(layer: LinearLayer) -> int:
@@ -90,10 +91,32 @@ def channel_count(layer: LinearLayer) -> int:
     return layer.weight.shape[0]
 
 
+def group_count(layer: LinearLayer) -> int:
+    """Number of groups; 1 for linear layers."""
+    return 1 if isinstance(layer, nn.Linear) else layer.groups
+
+
+def input_count(layer: LinearLayer) -> int:
+    """Number of input channels, of all groups."""
+    return inputs_per_channel(layer) * group_count(layer)
+
+
+def channels_are_last(layer: nn.Module) -> bool:
+    """Whether the channels of the layer's output are its last dimension; else they come right after the batch."""
+    return isinstance(layer, nn.Linear)
+
+
+def sources_of(layer: LinearLayer, channel: int) -> slice:
+    """Which input channels an output channel reads: those of its group."""
+    n_inputs = inputs_per_channel(layer)
+    group = channel * group_count(layer) // channel_count(layer)
+    return slice(group * n_inputs, (group + 1) * n_inputs)
+
+
 def flat_weight(layer: LinearLayer) -> Tensor:
     """The layer's weight as ``[C, I, k]``, detached."""
     weight = layer.weight.detach()
-    return weight.flatten(2) if isinstance(layer, nn.Conv2d) else weight.unsqueeze(-1)
+    return weight.unsqueeze(-1) if isinstance(layer, nn.Linear) else weight.flatten(2)
 
 
 def plain_copy(layer: LinearLayer) -> LinearLayer:
@@ -120,15 +143,16 @@ def widened(layer: LinearLayer, channels: int, device: torch.device | None = Non
     if isinstance(layer, nn.Linear):
         return cast("nn.Linear", skip_init(nn.Linear, layer.in_features, channels, **tensors))
     geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
-    conv = skip_init(nn.Conv2d, layer.in_channels, channels, layer.kernel_size, **geometry, **tensors)
-    return cast("nn.Conv2d", conv)
+    plain = next(kind for kind in KINDS if isinstance(layer, kind))
+    conv = skip_init(plain, layer.in_channels, channels, layer.kernel_size, **geometry, **tensors)
+    return cast("LinearLayer", conv)
 
 
 def sum_over_positions(values: Tensor, *, channels_last: bool) -> Tensor:
     """Sum a layer's output-shaped tensor over its positions.
 
     Args:
-        values: ``[B, C, H, W]``, or ``[B, ..., C]`` with ``channels_last``.
+        values: ``[B, C, ...]``, or ``[B, ..., C]`` with ``channels_last``.
         channels_last: Whether the channels are the last dimension (linear layers).
 
     Returns:
@@ -148,10 +172,10 @@ def window_sums(layer: LinearLayer, inputs: Tensor) -> Tensor:
 
     Args:
         layer: The layer that reads ``inputs``.
-        inputs: ``[B, I, H, W]`` for a convolution, ``[B, ..., I]`` for a linear layer.
+        inputs: ``[B, G * I, ...]`` for a convolution, ``[B, ..., I]`` for a linear layer.
 
     Returns:
-        ``[B, I, k]``, in ``float32`` or wider.
+        ``[B, G * I, k]``, in ``float32`` or wider.
 
     Example:
         >>> import torch
@@ -164,9 +188,10 @@ def window_sums(layer: LinearLayer, inputs: Tensor) -> Tensor:
         inputs = inputs.float()
     if isinstance(layer, nn.Linear):
         return sum_over_positions(inputs, channels_last=True).unsqueeze(-1)
-    padded = _padded(layer, inputs)
-    columns = _offset_sums(padded, 3, layer.kernel_size[1], layer.stride[1], layer.dilation[1])
-    return _offset_sums(columns, 2, layer.kernel_size[0], layer.stride[0], layer.dilation[0]).flatten(2)
+    sums = _padded(layer, inputs)
+    for axis in reversed(range(len(layer.kernel_size))):
+        sums = _offset_sums(sums, 2 + axis, layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis])
+    return sums.flatten(2)
 
 
 def _offset_sums(values: Tensor, dim: int, kernel: int, stride: int, dilation: int) -> Tensor:
@@ -183,37 +208,50 @@ def _every(values: Tensor, dim: int, step: int) -> Tensor:
     return values[(slice(None),) * dim + (slice(None, None, step),)]
 
 
-def _padded(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
+def _padded(layer: Convolution, inputs: Tensor) -> Tensor:
     """``inputs`` with the layer's padding made explicit."""
     if layer.padding == "same":  # torch puts the odd one at the end
         totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         pads = [(total // 2, total - total // 2) for total in totals]
     elif layer.padding == "valid":
-        pads = [(0, 0), (0, 0)]
+        return inputs
     else:
         pads = [(int(pad), int(pad)) for pad in layer.padding]
     if not any(map(any, pads)):
         return inputs
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(inputs, (*pads[1], *pads[0]), mode=mode)
+    return F.pad(inputs, [side for pad in reversed(pads) for side in pad], mode=mode)
 
 
-def channel_outputs(layer: LinearLayer, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def channel_outputs(
+    layer: LinearLayer, inputs: Tensor, weight: Tensor, bias: Tensor | None, channels: Sequence[int]
+) -> Tensor:
     """What the layer would put out if its channels had the given weights.
 
     Args:
-        layer: Gives kernel size, stride, padding and dilation.
-        inputs: ``[B, I, H, W]`` for a convolution, ``[B, ..., I]`` for a linear layer.
+        layer: Gives kernel size, stride, padding, dilation and groups.
+        inputs: ``[B, G * I, ...]`` for a convolution, ``[B, ..., I]`` for a linear layer.
         weight: ``[R, I, k]``, one row for each wanted channel.
         bias: ``[R]`` or `None`.
+        channels: The channel that each row takes the place of, which tells what it reads; ``R`` of them.
 
     Returns:
         ``[B, R, P]``, positions flattened.
     """
     if isinstance(layer, nn.Linear):
         return F.linear(inputs.flatten(1, -2) if inputs.ndim > 2 else inputs[:, None], weight[..., 0], bias).mT
-    kernel = weight.unflatten(2, layer.kernel_size)
-    return F.conv2d(_padded(layer, inputs), kernel, bias, layer.stride, 0, layer.dilation).flatten(2)
+    padded, kernel = _padded(layer, inputs), weight.unflatten(2, layer.kernel_size)
+    convolve = CONVOLVE[len(layer.kernel_size)]
+    if layer.groups == 1:
+        return convolve(padded, kernel, bias, layer.stride, 0, layer.dilation).flatten(2)
+    outputs, start = [], 0
+    for first, run in groupby(sources_of(layer, channel).start for channel in channels):  # rows of one group together
+        rows = slice(start, start + len(list(run)))
+        own = padded[:, first : first + inputs_per_channel(layer)]
+        own_bias = None if bias is None else bias[rows]
+        outputs.append(convolve(own, kernel[rows], own_bias, layer.stride, 0, layer.dilation))
+        start = rows.stop
+    return torch.cat(outputs, dim=1).flatten(2)
 
 
 def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, images: Tensor, channels: Tensor) -> Tensor:
@@ -225,7 +263,7 @@ def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, imag
 
     Args:
         layer: The layer.
-        inputs: ``[B, I, H, W]`` for a convolution, ``[B, ..., I]`` for a linear layer.
+        inputs: ``[B, G * I, ...]`` for a convolution, ``[B, ..., I]`` for a linear layer.
         gradient: Gradient of the logit with respect to the layer's output, shaped as that output.
         images: For each wanted pair of image and channel the image's place in the batch, ``[n]``, integer, ascending.
         channels: The channel of each pair, ``[n]``, integer.
@@ -252,22 +290,33 @@ def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, imag
     counts = torch.bincount(images, minlength=len(inputs)).tolist()
     wanted = [own for own in zip(range(len(inputs)), channels.split(counts), strict=True) if len(own[1])]
     gradients = [flat[image, own] for image, own in wanted]  # few or many channels: padding to the most would cost
-    total = flat.new_zeros(len(images), inputs_per_channel(layer))
+    total = flat.new_zeros(len(images), inputs_per_channel(layer), dtype=torch.promote_types(flat.dtype, inputs.dtype))
     for offset, read in enumerate(_inputs_by_offset(layer, inputs)):
-        parts = [part @ read[image].mT for (image, _), part in zip(wanted, gradients, strict=True)]
+        pairs = zip(wanted, gradients, strict=True)
+        parts = [_correlated(layer, read[image], own, part.to(read.dtype)) for (image, own), part in pairs]
         total += torch.cat(parts) * weight[channels, :, offset]
     return total
 
 
-def source_contributions(layer: LinearLayer, inputs: Tensor, weight: Tensor) -> Tensor:
+def _correlated(layer: LinearLayer, read: Tensor, channels: Tensor, gradients: Tensor) -> Tensor:
+    """Products of the channels' gradients ``[n, P]`` and of the inputs that they read, ``[n, I]``."""
+    groups = group_count(layer)
+    if groups == 1:
+        return gradients @ read.mT
+    own = read.unflatten(0, (groups, -1))[channels * groups // channel_count(layer)]
+    return (own @ gradients[..., None])[..., 0]
+
+
+def source_contributions(layer: LinearLayer, inputs: Tensor, weight: Tensor, channel: int) -> Tensor:
     r"""What each input channel adds to a channel's output, position by position.
 
     :math:`y_{pk} = \sum_{ij} w_{kij} x_{k, p \oplus ij}`; the sum over ``k`` and the bias is the output.
 
     Args:
-        layer: Gives kernel size, stride, padding and dilation.
-        inputs: ``[B, I, H, W]`` for a convolution, ``[B, ..., I]`` for a linear layer.
+        layer: Gives kernel size, stride, padding, dilation and groups.
+        inputs: ``[B, G * I, ...]`` for a convolution, ``[B, ..., I]`` for a linear layer.
         weight: The channel's weights, ``[I, k]``.
+        channel: The channel.
 
     Returns:
         ``[B, P, I]``.
@@ -275,10 +324,11 @@ def source_contributions(layer: LinearLayer, inputs: Tensor, weight: Tensor) -> 
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> source_contributions(nn.Linear(2, 1), torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.5]]))
+        >>> source_contributions(nn.Linear(2, 1), torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.5]]), 0)
         tensor([[[3., 2.]]])
     """
-    by_offset = enumerate(_inputs_by_offset(layer, inputs))
+    own = inputs if isinstance(layer, nn.Linear) else inputs[:, sources_of(layer, channel)]
+    by_offset = enumerate(_inputs_by_offset(layer, own))
     return sum(read * weight[:, offset, None] for offset, read in by_offset).mT  # type: ignore[union-attr]
 
 
@@ -296,8 +346,8 @@ def _inputs_by_offset(layer: LinearLayer, inputs: Tensor) -> Iterator[Tensor]:
     ]
     for offset in product(*map(range, layer.kernel_size)):
         starts = [place * dilation for place, dilation in zip(offset, layer.dilation, strict=True)]
-        rows, columns = (
+        window = [
             slice(start, start + (size - 1) * stride + 1, stride)
             for start, size, stride in zip(starts, sizes, layer.stride, strict=True)
-        )
-        yield padded[:, :, rows, columns].flatten(2)
+        ]
+        yield padded[(slice(None), slice(None), *window)].flatten(2)

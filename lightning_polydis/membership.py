@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_polydis.layers import channel_outputs, flat_weight
+from lightning_polydis.layers import channel_outputs, flat_weight, input_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,7 +104,7 @@ def paper_membership(
         layer: The layer.
         channel: Output channel to split.
         vectors: Averaged relevance vectors of the concepts, ``[K, I]``.
-        inputs: For each concept the layer's inputs on its images, ``[n, I, H, W]`` or ``[n, ..., I]``; a concept
+        inputs: For each concept the layer's inputs on its images, ``[n, G * I, ...]`` or ``[n, ..., I]``; a concept
             without images has no say.
 
     Returns:
@@ -128,9 +128,11 @@ def _activations(layer: LinearLayer, channel: int, masks: Tensor, inputs: Tensor
     weight = flat_weight(layer)[channel].double()
     kernels = masks.double()[..., None] * weight
     bias = None if layer.bias is None else layer.bias[channel].detach().double().expand(len(masks))
-    per_image = len(masks) * max(1, inputs[0].numel() // len(weight))
+    per_image = len(masks) * max(1, inputs[0].numel() // input_count(layer))
     images = max(1, CHUNK_ELEMENTS // per_image)
-    chunks = [channel_outputs(layer, chunk.double(), kernels, bias) for chunk in inputs.split(images)]
+    chunks = [
+        channel_outputs(layer, chunk.double(), kernels, bias, [channel] * len(masks)) for chunk in inputs.split(images)
+    ]
     return torch.cat([chunk.clamp_(min=0).sum(2) for chunk in chunks])
 
 

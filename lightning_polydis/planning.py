@@ -11,7 +11,7 @@ import torch
 from lightning_polydis.calibration import CalibratedThresholds
 from lightning_polydis.detection import LayerDetection, SimilarityRule, averaged_relevance_vectors, detect
 from lightning_polydis.evaluation import SplitEvaluator
-from lightning_polydis.layers import flat_weight
+from lightning_polydis.layers import flat_weight, sources_of
 from lightning_polydis.membership import paper_membership
 from lightning_polydis.plan import ChannelSplit
 from lightning_polydis.similarity import Similarities, grouped_similarities, plain_similarities
@@ -92,7 +92,9 @@ class LayerEvidence:
     def _averaged(self, channel: int, classes: Sequence[int]) -> Tensor:
         sums = self.statistics.mean_window_sums
         assert sums is not None  # kept with this method
-        return averaged_relevance_vectors(flat_weight(self.layer)[channel], sums[list(classes)])
+        return averaged_relevance_vectors(
+            flat_weight(self.layer)[channel], sums[list(classes)][:, sources_of(self.layer, channel)]
+        )
 
     @cached_property
     def rule(self) -> SimilarityRule:

@@ -146,7 +146,7 @@ def _contributions(layer: LinearLayer, channel: int, samples: Samples, max_posit
     draw = torch.Generator().manual_seed(0)
     pieces = [weight.new_empty(0, len(weight))]
     for start in range(len(samples)):  # image by image: all positions of all images may be a lot
-        values = source_contributions(layer, samples[start : start + 1].inputs.double(), weight)[0]
+        values = source_contributions(layer, samples[start : start + 1].inputs.double(), weight, channel)[0]
         if len(values) > max_positions:
             values = values[torch.randperm(len(values), generator=draw)[:max_positions]]
         pieces.append(values)

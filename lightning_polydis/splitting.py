@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.layers import LinearLayer, channel_count, inputs_per_channel, widened
+from lightning_polydis.layers import LinearLayer, channel_count, group_count, inputs_per_channel, widened
 from lightning_polydis.membership import part_weights
 from lightning_polydis.plan import ChannelSplit, check_fits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+Layer = TypeVar("Layer", nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 class MergeChannels(nn.Module):
@@ -29,20 +29,26 @@ class MergeChannels(nn.Module):
         target: For each appended channel the channel it is added to, ``[E]``, integer.
         sign: 1 for a concept, -1 for a residual, ``[E]``.
         dim: Dimension of the channels.
+        rows: Rows of the old and of the appended channels, ``[C + E]``; `None`: the appended ones come last. In a
+            grouped convolution every group has appended channels, some of which may be empty and stay unused.
     """
 
     target: Tensor
     sign: Tensor
+    rows: Tensor | None
 
-    def __init__(self, target: Tensor, sign: Tensor, dim: int) -> None:
+    def __init__(self, target: Tensor, sign: Tensor, dim: int, rows: Tensor | None = None) -> None:
         super().__init__()
         self.dim = dim
         self.register_buffer("target", target)
         self.register_buffer("sign", sign)
+        self.register_buffer("rows", rows)
 
     def forward(self, expanded: Tensor) -> Tensor:
         """``[B, C + E, ...]`` -> ``[B, C, ...]`` (channels last for linear layers)."""
         n_extra = len(self.target)
+        if self.rows is not None:
+            expanded = expanded.index_select(self.dim, self.rows)
         kept, extra = expanded.split([expanded.shape[self.dim] - n_extra, n_extra], dim=self.dim)
         shape = [1] * expanded.ndim
         shape[self.dim] = n_extra
@@ -66,14 +72,14 @@ class _SplitLayer(nn.Module, Generic[Layer]):
     def __init__(self, layer: Layer, splits: Sequence[ChannelSplit]) -> None:
         super().__init__()
         check_fits(splits, channel_count(layer), inputs_per_channel(layer))
-        self.n_channels = channel_count(layer)
+        self.n_channels, self.n_groups = channel_count(layer), group_count(layer)
         self._register_structure(layer, splits)
-        self.expand = cast("Layer", widened(layer, self.n_channels + int(self.n_concepts.sum())))
+        self.expand = cast("Layer", widened(layer, self.n_channels + self.n_groups * self._most_extra()))
         with torch.no_grad():
             self._fill(layer.weight, layer.bias)
         for name, parameter in self.expand.named_parameters():
             parameter.requires_grad_(layer.get_parameter(name).requires_grad)
-        self.merge = MergeChannels(*self._merge_table(), dim=self.channel_dim)
+        self.merge = MergeChannels(*self._merge_table(), dim=self.channel_dim, rows=self._used_rows())
         self.train(layer.training)
         self.register_load_state_dict_pre_hook(_accept_unsplit_state)  # type: ignore[no-untyped-call]
 
@@ -92,6 +98,25 @@ class _SplitLayer(nn.Module, Generic[Layer]):
         self.register_buffer("original_weight", layer.weight.detach()[self.channels].clone())
         bias = None if layer.bias is None else layer.bias.detach()[self.channels].clone()
         self.register_buffer("original_bias", bias)
+
+    def _most_extra(self) -> int:
+        """Appended channels of each group: as many as the group that needs most of them has."""
+        own = self.channels * self.n_groups // self.n_channels
+        return int(
+            torch.zeros(self.n_groups, dtype=torch.long, device=own.device).index_add_(0, own, self.n_concepts).max()
+        )
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """Rows of ``expand`` that hold the old channels ``[C]`` and the appended ones ``[E]``: each in its group."""
+        per_group, most = self.n_channels // self.n_groups, self._most_extra()
+        old = torch.arange(self.n_channels, device=self.channels.device)
+        rows = old + old // per_group * most
+        group = self.channels.repeat_interleave(self.n_concepts) // per_group
+        before = (group[:, None] == group).tril(-1).sum(1)  # appended channels of the same group that come first
+        return rows, group * (per_group + most) + per_group + before
+
+    def _used_rows(self) -> Tensor | None:
+        return None if self.n_groups == 1 else torch.cat(self._rows())
 
     def _merge_table(self) -> tuple[Tensor, Tensor]:
         target = self.channels.repeat_interleave(self.n_concepts)
@@ -119,7 +144,16 @@ class _SplitLayer(nn.Module, Generic[Layer]):
             if own_bias is not None and biases is not None:
                 own_bias[channel] = biases[0]
                 extra_bias.append(biases[1:])
-        return torch.cat([own, *extra]), None if own_bias is None else torch.cat([own_bias, *extra_bias])
+        whole_bias = None if own_bias is None else torch.cat([own_bias, *extra_bias])
+        return self._arranged(torch.cat([own, *extra]), whole_bias)
+
+    def _arranged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Old channels and appended ones in their groups, zeros between them."""
+        if self.n_groups == 1:
+            return weight, bias
+        rows, n_rows = torch.cat(self._rows()).to(weight.device), self.n_channels + self.n_groups * self._most_extra()
+        arranged = weight.new_zeros(n_rows, *weight.shape[1:]).index_copy_(0, rows, weight)
+        return arranged, None if bias is None else bias.new_zeros(n_rows).index_copy_(0, rows, bias)
 
     def _memberships(self) -> tuple[Tensor, ...]:
         return tuple(self.membership.split(self.n_concepts.tolist()))
@@ -163,7 +197,8 @@ class _SplitLayer(nn.Module, Generic[Layer]):
                 f"Expected argument `concept` to be in [0, {count}) or 'residual' for channel {channel}, "
                 f"but got {concept!r}."
             )
-        return channel if number == 0 else self.n_channels + sum(counts[:position]) + number - 1
+        old, appended = self._rows()
+        return int(old[channel] if number == 0 else appended[sum(counts[:position]) + number - 1])
 
     def part_rows(self, channel: int) -> list[int]:
         """Channels of ``expand`` that make up a split channel: its concepts, then the residual."""
@@ -192,8 +227,9 @@ class _SplitLayer(nn.Module, Generic[Layer]):
     def _folded(self) -> tuple[Tensor, Tensor | None]:
         expanded = self.expand.weight.detach()
         expanded_bias = None if self.expand.bias is None else self.expand.bias.detach()
-        weight = expanded[: self.n_channels].clone()
-        bias = None if expanded_bias is None else expanded_bias[: self.n_channels].clone()
+        old, _ = self._rows()
+        weight = expanded[old]
+        bias = None if expanded_bias is None else expanded_bias[old]
         weight[self.channels] = self.original_weight
         if bias is not None and self.original_bias is not None:
             bias[self.channels] = self.original_bias
@@ -226,7 +262,8 @@ class SplitConv2d(_SplitLayer[nn.Conv2d]):
     """A convolution in which polysemantic channels are split into one channel for each concept and a residual.
 
     ``expand`` is a real ``nn.Conv2d`` with ``C + extra`` output channels: row ``c`` holds the first concept of channel
-    ``c``, the appended rows hold the other concepts and the residual (see `channel_index`). ``merge`` adds them up:
+    ``c``, the appended rows hold the other concepts and the residual (see `channel_index`). In a grouped convolution
+    every group needs as many rows, so rows are appended to each group, and some stay zero. ``merge`` adds them up:
     concepts minus residual is the old channel, so the output is what it was, up to rounding (arXiv:2504.12939,
     section 3.3). What was split, and how, stands in persistent buffers, so a ``state_dict`` tells it all. The state
     dict of the unsplit layer is accepted too.
@@ -255,6 +292,46 @@ class SplitConv2d(_SplitLayer[nn.Conv2d]):
     channel_dim = -3  # unbatched inputs too
 
 
+class SplitConv1d(_SplitLayer[nn.Conv1d]):
+    """A one-dimensional convolution in which polysemantic channels are split; see `SplitConv2d`.
+
+    Args:
+        layer: The convolution to split; left as it is.
+        splits: How to split its channels; their layer names are not looked at.
+
+    Raises:
+        ValueError: If a split does not fit the layer.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> SplitConv1d(nn.Conv1d(2, 3, 1), [ChannelSplit("conv", 1, [[0], [5]], torch.eye(2))]).expand
+        Conv1d(2, 5, kernel_size=(1,), stride=(1,))
+    """
+
+    channel_dim = -2
+
+
+class SplitConv3d(_SplitLayer[nn.Conv3d]):
+    """A three-dimensional convolution in which polysemantic channels are split; see `SplitConv2d`.
+
+    Args:
+        layer: The convolution to split; left as it is.
+        splits: How to split its channels; their layer names are not looked at.
+
+    Raises:
+        ValueError: If a split does not fit the layer.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> SplitConv3d(nn.Conv3d(2, 3, 1), [ChannelSplit("conv", 1, [[0], [5]], torch.eye(2))]).expand
+        Conv3d(2, 5, kernel_size=(1, 1, 1), stride=(1, 1, 1))
+    """
+
+    channel_dim = -4
+
+
 class SplitLinear(_SplitLayer[nn.Linear]):
     """A linear layer in which polysemantic channels are split; see `SplitConv2d`.
 
@@ -275,7 +352,16 @@ class SplitLinear(_SplitLayer[nn.Linear]):
     channel_dim = -1
 
 
-SplitLayer = SplitConv2d | SplitLinear
+SplitLayer = SplitConv1d | SplitConv2d | SplitConv3d | SplitLinear
+
+
+def split_layer(layer: LinearLayer, splits: Sequence[ChannelSplit]) -> SplitLayer:
+    """The split form of a layer."""
+    if isinstance(layer, nn.Linear):
+        return SplitLinear(layer, splits)
+    if isinstance(layer, nn.Conv1d):
+        return SplitConv1d(layer, splits)
+    return SplitConv3d(layer, splits) if isinstance(layer, nn.Conv3d) else SplitConv2d(layer, splits)
 
 
 def _accept_unsplit_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_polydis._checks import InputError
 from lightning_polydis.layers import channel_count, find_layer, inputs_per_channel, plain_copy
 from lightning_polydis.plan import SplitPlan, check_fits
-from lightning_polydis.splitting import SplitConv2d, SplitLayer, SplitLinear, stored_splits
+from lightning_polydis.splitting import SplitLayer, split_layer, stored_splits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,11 +61,6 @@ def disentangle(model: ModelT, plan: SplitPlan, inplace: bool = False) -> ModelT
     for name in plan.layers:
         replace_layer(model, name, split_layer(find_layer(model, name), plan.of_layer(name)))
     return model
-
-
-def split_layer(layer: LinearLayer, splits: Sequence[ChannelSplit]) -> SplitLayer:
-    """The split form of a layer."""
-    return SplitLinear(layer, splits) if isinstance(layer, nn.Linear) else SplitConv2d(layer, splits)
 
 
 def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:

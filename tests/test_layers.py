@@ -12,6 +12,7 @@ from lightning_polydis.layers import (
     plain_copy,
     source_contributions,
     source_relevances,
+    sources_of,
     window_sums,
 )
 from tests.networks import conv_relu_net
@@ -45,24 +46,42 @@ CONVS = [
 ]
 
 
+GROUPED = [{"kernel_size": 3, "padding": 1, "groups": 2}, {"kernel_size": 1, "groups": 2, "stride": 2}]
+OTHER_DIMENSIONS = [
+    (nn.Conv1d, {"kernel_size": 5, "padding": 3, "stride": 2, "groups": 2}),
+    (nn.Conv1d, {"kernel_size": 4, "padding": "same", "dilation": 2}),
+    (nn.Conv3d, {"kernel_size": (2, 3, 1), "stride": (1, 2, 1), "padding": (1, 0, 1)}),
+    (nn.Conv3d, {"kernel_size": 2, "dilation": (1, 2, 1), "groups": 2, "bias": False}),
+    (nn.Conv3d, {"kernel_size": 3, "padding": (1, 2, 1), "padding_mode": "circular"}),
+    (nn.Conv3d, {"kernel_size": 3, "padding": "same", "padding_mode": "replicate"}),
+    (nn.Conv1d, {"kernel_size": 3, "padding": 2, "padding_mode": "reflect"}),
+]
+SIZES = {nn.Conv1d: (11,), nn.Conv2d: (11, 10), nn.Conv3d: (5, 6, 4)}
+KINDS = [(nn.Conv2d, config) for config in CONVS + GROUPED] + OTHER_DIMENSIONS
+
+
 def position_sums(layer: nn.Module, x: torch.Tensor, channel: int) -> torch.Tensor:
     """x * d(sum of the channel's output) / dx, summed over positions, by autograd."""
     x = x.clone().requires_grad_()
     z = layer(x)
-    is_conv = isinstance(layer, nn.Conv2d)
+    is_conv = not isinstance(layer, nn.Linear)
     (gradient,) = torch.autograd.grad((z[:, channel] if is_conv else z[..., channel]).sum(), x)
     product = x * gradient
     return product.flatten(2).sum(2) if is_conv else product.reshape(len(x), -1, x.shape[-1]).sum(1)
 
 
-@pytest.mark.parametrize("config", CONVS, ids=str)
-def test_window_sums_give_input_x_gradient_of_every_channel(config):
+@pytest.mark.parametrize(("kind", "config"), KINDS, ids=str)
+def test_window_sums_give_input_x_gradient_of_every_channel(kind, config):
     torch.manual_seed(0)
-    layer = nn.Conv2d(4, 6, **config).double()
-    x = torch.randn(3, 4, 11, 10, dtype=torch.float64)
-    closed_form = torch.einsum("cik,bik->bci", flat_weight(layer), window_sums(layer, x))
+    layer = kind(4, 6, **config).double()
+    x = torch.randn(3, 4, *SIZES[kind], dtype=torch.float64)
+    sums = window_sums(layer, x)
     for channel in range(6):
-        torch.testing.assert_close(closed_form[:, channel], position_sums(layer, x, channel), rtol=1e-12, atol=1e-12)
+        read = sources_of(layer, channel)
+        closed_form = (flat_weight(layer)[channel] * sums[:, read]).sum(-1)
+        by_autograd = position_sums(layer, x, channel)
+        torch.testing.assert_close(closed_form, by_autograd[:, read], rtol=1e-12, atol=1e-12)
+        assert float(by_autograd.abs().sum()) == pytest.approx(float(by_autograd[:, read].abs().sum()), rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 7, 4), (5, 2, 3, 4)])
@@ -82,12 +101,12 @@ def test_window_sums_of_half_precision_inputs_do_not_overflow():
     assert sums.item() == 300_000
 
 
-@pytest.mark.parametrize("config", CONVS, ids=str)
-def test_channel_outputs_are_those_of_the_layer(config):
+@pytest.mark.parametrize(("kind", "config"), KINDS, ids=str)
+def test_channel_outputs_are_those_of_the_layer(kind, config):
     torch.manual_seed(0)
-    layer = nn.Conv2d(4, 6, **config).double()
-    x = torch.randn(2, 4, 11, 10, dtype=torch.float64)
-    outputs = channel_outputs(layer, x, flat_weight(layer), layer.bias)
+    layer = kind(4, 6, **config).double()
+    x = torch.randn(2, 4, *SIZES[kind], dtype=torch.float64)
+    outputs = channel_outputs(layer, x, flat_weight(layer), layer.bias, range(6))
     torch.testing.assert_close(outputs, layer(x).flatten(2), rtol=1e-12, atol=1e-12)
 
 
@@ -95,11 +114,11 @@ def test_channel_outputs_are_those_of_the_layer(config):
 def test_channel_outputs_of_a_linear_layer(shape):
     layer = nn.Linear(4, 3)
     x = torch.randn(shape)
-    outputs = channel_outputs(layer, x, flat_weight(layer), layer.bias)
+    outputs = channel_outputs(layer, x, flat_weight(layer), layer.bias, range(len(layer.weight)))
     torch.testing.assert_close(outputs, layer(x).reshape(5, -1, 3).mT)
 
 
-LAYERS = [(nn.Conv2d(4, 6, **config), (3, 4, 11, 10)) for config in CONVS]
+LAYERS = [(kind(4, 6, **config), (3, 4, *SIZES[kind])) for kind, config in KINDS]
 LAYERS += [(nn.Linear(4, 6), (3, *between, 4)) for between in ((), (7,), (2, 3))]
 
 
@@ -115,7 +134,7 @@ def test_source_relevances_are_weight_x_gradient_of_the_logit(layer, shape):
         # The logit's gradient stands for all that follows: the logit is (z * gradient).sum() to first order.
         logit = (layer(x[image : image + 1]) * gradient[image]).sum()
         (slope,) = torch.autograd.grad(logit, layer.weight)
-        expected = (layer.weight * slope)[channel].reshape(4, -1).sum(1)
+        expected = (layer.weight * slope)[channel].reshape(layer.weight.shape[1], -1).sum(1)
         torch.testing.assert_close(row, expected.detach(), rtol=1e-12, atol=1e-12)
 
 
@@ -140,13 +159,13 @@ def test_source_contributions_are_what_each_source_adds_and_sum_to_the_output(la
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).double()
     x = torch.randn(shape, dtype=torch.float64)
-    found = source_contributions(layer, x, flat_weight(layer)[2])
-    outputs = channel_outputs(layer, x, flat_weight(layer)[2:3], None)[:, 0]
+    found = source_contributions(layer, x, flat_weight(layer)[4], 4)
+    outputs = channel_outputs(layer, x, flat_weight(layer)[4:5], None, [4])[:, 0]
     torch.testing.assert_close(found.sum(2), outputs, rtol=1e-12, atol=1e-12)
-    for source in range(4):
-        alone = torch.zeros_like(flat_weight(layer)[2:3])
-        alone[0, source] = flat_weight(layer)[2, source]
-        expected = channel_outputs(layer, x, alone, None)[:, 0]
+    for source in range(found.shape[2]):
+        alone = torch.zeros_like(flat_weight(layer)[4:5])
+        alone[0, source] = flat_weight(layer)[4, source]
+        expected = channel_outputs(layer, x, alone, None, [4])[:, 0]
         torch.testing.assert_close(found[..., source], expected, rtol=1e-12, atol=1e-12)
 
 
@@ -155,7 +174,7 @@ def test_plain_copy_computes_the_same_and_shares_nothing():
     layer.register_forward_hook(lambda *_: 1 / 0)
     copy = plain_copy(layer)
     x = torch.randn(1, 3, 8, 8)
-    outputs = channel_outputs(layer, x, flat_weight(layer), layer.bias)
+    outputs = channel_outputs(layer, x, flat_weight(layer), layer.bias, range(len(layer.weight)))
     torch.testing.assert_close(copy(x).flatten(2), outputs)
     assert copy.weight.data_ptr() != layer.weight.data_ptr()
     assert not copy.weight.requires_grad
@@ -172,9 +191,9 @@ def test_plain_copy_computes_the_same_and_shares_nothing():
         ),
         ("body", r"but got `ModuleDict`"),
         ("body.depthwise", r"a depthwise `Conv2d`: each of its channels reads one input"),
-        ("body.grouped", r"`Conv2d` with groups=2, which this version does not support yet"),
+        ("body.depthwise3d", r"a depthwise `Conv3d`: each"),
+        ("body.transposed", r"but got `ConvTranspose2d`"),
         ("body.lazy", r"`LazyConv2d`, whose shape is not known"),
-        ("body.conv1d", r"but got `Conv1d`"),
         ("body.own", r"`StandardisedConv`, a subclass of `Conv2d` with a forward pass of its own"),
         ("body.weight_norm", r"whose weight is computed from others"),
         ("body.old_weight_norm", r"`Linear`, whose weight is computed from others"),
@@ -185,9 +204,9 @@ def test_layers_that_cannot_be_analysed_are_refused_in_words(name, message):
         "conv": nn.Conv2d(4, 4, 1),
         "act": nn.ReLU(),
         "depthwise": nn.Conv2d(4, 4, 3, groups=4),
-        "grouped": nn.Conv2d(4, 4, 3, groups=2),
+        "depthwise3d": nn.Conv3d(4, 8, 3, groups=4),
+        "transposed": nn.ConvTranspose2d(4, 4, 1),
         "lazy": nn.LazyConv2d(4, 3),
-        "conv1d": nn.Conv1d(4, 4, 3),
         "own": StandardisedConv(4, 4, 1),
         "weight_norm": nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)),
         "old_weight_norm": old_weight_norm(nn.Linear(4, 4)),

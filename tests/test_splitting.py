@@ -16,11 +16,15 @@ LAYERS = [
     nn.Conv2d(6, 9, 3, dilation=2, padding=2, padding_mode="reflect"),
     nn.Linear(6, 9),
     nn.Linear(6, 9, bias=False),
+    nn.Conv1d(6, 9, 3, padding=1),
+    nn.Conv3d(6, 9, 2, bias=False),
+    nn.Conv2d(18, 9, 3, padding="same", groups=3),
+    nn.Conv1d(18, 9, 1, groups=3, bias=False),
 ]
 
 
 def inputs_for(layer, n=4, dtype=torch.float32):
-    shape = (n, 6, 8, 8) if isinstance(layer, nn.Conv2d) else (n, 3, 6)
+    shape = (n, 3, 6) if isinstance(layer, nn.Linear) else (n, layer.in_channels, *[8] * len(layer.kernel_size))
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
@@ -74,14 +78,15 @@ def test_undo_folds_what_was_trained_since(layer):
     torch.testing.assert_close(split.undo()(x), trained, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[3]], ids=str)
+@pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[3], LAYERS[5], LAYERS[7]], ids=str)
 def test_expand_holds_each_concept_where_channel_index_says(layer):
     splits = some_splits(soft=True)
     split = split_layer(layer, splits)
     x = inputs_for(layer)
     expanded = split.expand(x)
-    channel_dim = 1 if isinstance(layer, nn.Conv2d) else -1
-    assert expanded.shape[channel_dim] == 9 + 2 + 3
+    channel_dim = -1 if isinstance(layer, nn.Linear) else 1
+    grouped = getattr(layer, "groups", 1) > 1  # then each group gets as many as the one that needs most
+    assert expanded.shape[channel_dim] == 9 + (3 * 3 if grouped else 2 + 3)
     for wanted in splits:
         for concept, share in enumerate([*wanted.membership, wanted.membership.sum(0) - 1]):
             alone = copy.deepcopy(layer)
@@ -94,7 +99,8 @@ def test_expand_holds_each_concept_where_channel_index_says(layer):
             torch.testing.assert_close(found, alone(x).select(channel_dim, wanted.channel), rtol=1e-5, atol=1e-5)
     untouched = [channel for channel in range(9) if channel not in (2, 7)]
     index = torch.tensor(untouched)
-    assert torch.equal(split.expand.weight[index], layer.weight[index])
+    rows = torch.tensor([channel + channel // 3 * 3 for channel in untouched]) if grouped else index
+    assert torch.equal(split.expand.weight[rows], layer.weight[index])
 
 
 @pytest.mark.parametrize("n_concepts", [2, 3, 4, 5, 9])
