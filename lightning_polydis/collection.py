@@ -15,22 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.forward import CallStack, default_logits, detached, path_to
-from lightning_polydis.layers import channels_are_last, sum_over_positions
+from lightning_polydis.forward import CallStack, PassDone, default_logits, detached, path_to
+from lightning_polydis.layers import at_least_single, channels_are_last, sum_over_positions
+from lightning_polydis.logits import LogitsError, are_normalised, checked_logits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch.utils.hooks import RemovableHandle
 
-LOGITS_HINT = (
-    "Pass `logits_module`, the name of the module whose output is the logits, "
-    "or `logits_fn`, which takes the network's output and returns them."
+REENTRANT_HINT = (
+    "Between layers and logits the network uses gradient checkpointing with `use_reentrant=True`, which does not allow "
+    "the gradients that relevances need. Pass `use_reentrant=False`, or checkpoint only while `self.training`."
 )
-
-
-class LogitsError(InputError):
-    """What was taken for the logits cannot be them."""
+HALF_SCALES = (2.0**12, 2.0**8, 2.0**4, 1.0)
+"""What the score is multiplied by where gradients are in `float16`: the first that does not overflow."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class LayerRecord:
         seen: What ``observe`` made of the layer's input.
         relevance: Relevance of each channel for the image's own class, summed over positions, ``[B, C]``, ``float32``
             or wider, in units of the logit.
-        gradient: Gradient of that logit with respect to the layer's output, shaped as the output.
+        gradient: Gradient of that logit with respect to the layer's output, shaped as the output, ``float32`` or wider.
     """
 
     seen: Any
@@ -86,6 +85,7 @@ class RelevanceCollector:
 
     _recording: ClassVar[list[RelevanceCollector]] = []  # all that are between layer and logits, outermost first
     _alone: ClassVar[RelevanceCollector | None] = None  # the only one to look, while a pass is made again for it
+    _going_back: ClassVar[bool] = False  # a backward pass is on its way; gradient checkpointing runs modules in it
 
     def __init__(
         self,
@@ -107,6 +107,7 @@ class RelevanceCollector:
         self._logits_module = logits_module
         self._num_classes = num_classes
         self._watch_followers = logits_module is None  # until one pass has gone well
+        self._rehearsal = False
         self._handles: list[RemovableHandle] = []
         self.num_logits: int | None = None
         self.logits_are_normalised = False
@@ -122,25 +123,26 @@ class RelevanceCollector:
         self._output: Any = None  # of the module that gives the logits
         self._follower: str | None = None
 
-    def start(self, targets: Tensor, *, wrapped: bool = False) -> None:
+    def start(self, targets: Tensor, *, wrapped: bool = False, rehearsal: bool = False) -> None:
         """Put the hooks on the network, ready for one forward pass.
 
         Args:
             targets: Class of each image, ``[B]``, integer.
             wrapped: Whether the first call of the whole model is a wrapper's and does not count.
+            rehearsal: Whether the pass serves nobody else, and is to be stopped by `forward.PassDone` at the logits.
         """
         self.close()
+        self._rehearsal = rehearsal
         self._targets = targets.clone()  # autograd keeps it, which a tensor from inference mode would not allow
         modules = dict(self._model.named_modules())
         containers = dict.fromkeys(path for name in self._layers for path in path_to(name))
         for name, layer in self._layers.items():
             self._handles.append(layer.register_forward_hook(self._layer_hook(name), with_kwargs=True))
         if self._logits_module is not None:
-            head = modules[self._logits_module]
-            self._handles.append(head.register_forward_hook(lambda module, args, output: self._finish_pass(output)))
+            self._handles.append(modules[self._logits_module].register_forward_hook(self._leave_head))
         self._stack = CallStack([modules[path] for path in containers], self._leave, self._model if wrapped else None)
         self._handles += self._stack.handles
-        if self._watch_followers:
+        if self._watch_followers and not rehearsal:
             self._hook_followers(modules)
 
     def finish(self) -> dict[str, LayerRecord]:
@@ -161,8 +163,9 @@ class RelevanceCollector:
         if problem is not None:
             raise problem if follower is None else _with_follower(problem, follower)
         if follower is not None:
+            ran = "may run" if self._rehearsal else "ran"
             raise InputError(
-                f"Module `{follower}` ran after the output that was taken for the logits. If it produces the logits, "
+                f"Module `{follower}` {ran} after the output that was taken for the logits. If it produces the logits, "
                 f'pass `logits_module="{follower}"`; if not, pass the name of the module that does.'
             )
         missing = ", ".join(f"`{name}`" for name in self._layers if name not in records)
@@ -192,7 +195,7 @@ class RelevanceCollector:
             RelevanceCollector._alone = None
 
     def _is_shut_out(self) -> bool:
-        return self._alone not in (None, self)
+        return self._going_back or self._alone not in (None, self)
 
     def _leave_recording(self) -> None:
         if self in self._recording:
@@ -240,15 +243,24 @@ class RelevanceCollector:
         return kept.clone()
 
     def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        return self._finish_pass(output) if self._logits_module is None else None
+        if self._logits_module is not None:
+            return None
+        if self._rehearsal and self._watch_followers:  # nothing after the logits will be seen
+            self._follower = self._outside(module)
+        return self._finish_pass(output)
+
+    def _leave_head(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self._finish_pass(output)
 
     def _finish_pass(self, output: Any) -> Any:
         """Finish, unless a collector whose layer ran later still needs the graph; then it finishes this one too."""
-        if self._stage != "recording":
+        if self._stage != "recording" or self._is_shut_out():
             return None
         self._has_output, self._output = True, output
         while self._recording and self._recording[-1]._has_output:
             self._recording[-1]._take_relevances()
+        if self._rehearsal:
+            raise PassDone
         if torch.is_grad_enabled():
             return None
         try:
@@ -280,38 +292,17 @@ class RelevanceCollector:
             raise InputError(f"`logits_fn` raised {type(error).__name__}: {error}.") from error
 
     def _checked_logits(self, output: Any) -> Tensor:
-        logits = self._found_logits(output)
-        targets = self._targets
         where = f"`{self._logits_module}`" if self._logits_module else "the network"
-        if not isinstance(logits, Tensor) or targets is None:
-            raise LogitsError(f"Expected {where} to return logits, but got `{type(logits).__name__}`. {LOGITS_HINT}")
-        expected = f"[{len(targets)}, {self._num_classes or 'num_classes'}]"
-        wrong_width = logits.ndim == 2 and self._num_classes not in (None, logits.shape[1])
-        if logits.ndim != 2 or len(logits) != len(targets) or wrong_width or logits.shape[1] < 2:
-            raise LogitsError(
-                f"Expected {where} to return logits of shape {expected}, but got {list(logits.shape)}. {LOGITS_HINT}"
-            )
-        if not logits.requires_grad:
-            raise LogitsError(
-                f"The logits that {where} returned do not depend on the layers through gradients: part of the network "
-                "runs under `torch.no_grad()`, is detached, or does not use the layers."
-            )
-        if int(targets.min()) < 0 or int(targets.max()) >= logits.shape[1]:
-            raise InputError(
-                f"Expected targets to be class indices in [0, {logits.shape[1]}), but got values from "
-                f"{int(targets.min())} to {int(targets.max())}."
-            )
+        logits = checked_logits(self._found_logits(output), self._targets, self._num_classes, where)
         if self.num_logits is None:
             self.num_logits = logits.shape[1]
-            self.logits_are_normalised = _are_normalised(logits.detach())
+            self.logits_are_normalised = are_normalised(logits.detach())
         return logits
 
     def _relevances(self, logits: Tensor) -> dict[str, LayerRecord]:
         assert self._targets is not None
         score = logits.gather(1, self._targets.to(logits.device)[:, None]).float().sum()
-        kept = [output for _, output in self._seen.values()]
-        shared = self._had_grad or len(self._recording) > 1
-        gradients = torch.autograd.grad(score, kept, allow_unused=True, retain_graph=shared)
+        gradients = self._gradients(score, logits.dtype)
         records = {}
         with torch.no_grad():
             for (name, (seen, output)), gradient in zip(self._seen.items(), gradients, strict=True):
@@ -325,15 +316,44 @@ class RelevanceCollector:
                 records[name] = LayerRecord(seen, self._products(name, output, gradient), gradient)
         return records
 
+    def _gradients(self, score: Tensor, dtype: torch.dtype) -> Sequence[Tensor | None]:
+        """Of the score with respect to the layers' outputs; half precision is scaled, and widened to ``float32``."""
+        kept = [output for _, output in self._seen.values()]
+        scales = HALF_SCALES if torch.float16 in (dtype, *(output.dtype for output in kept)) else (1.0,)
+        for scale in scales:
+            shared = self._had_grad or len(self._recording) > 1 or scale != scales[-1]
+            scaled = self._backward(score * scale, kept, shared)
+            gradients = [gradient if gradient is None else at_least_single(gradient) / scale for gradient in scaled]
+            if all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
+                break
+        return gradients
+
+    @staticmethod
+    def _backward(score: Tensor, kept: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor | None]:
+        RelevanceCollector._going_back = True
+        try:
+            return torch.autograd.grad(score, kept, allow_unused=True, retain_graph=retain_graph)
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):
+                raise InputError(REENTRANT_HINT) from error
+            raise
+        finally:
+            RelevanceCollector._going_back = False
+
     def _products(self, name: str, output: Tensor, gradient: Tensor) -> Tensor:
-        if output.dtype.itemsize < 4:  # sums over positions exceed the range of half precision
-            output, gradient = output.float(), gradient.float()
-        return sum_over_positions(output * gradient, channels_last=self._channels_last[name])
+        # Sums over positions exceed the range of half precision.
+        return sum_over_positions(at_least_single(output) * gradient, channels_last=self._channels_last[name])
+
+    def _outside(self, outermost: nn.Module) -> str | None:
+        """A module with parameters that is no part of the one that was called."""
+        inside = set(outermost.modules())
+        others = (name for name, module in self._model.named_modules() if module not in inside and _has_own(module))
+        return None if outermost is self._model else next((name for name in others if name), None)
 
     def _hook_followers(self, modules: dict[str, nn.Module]) -> None:
         """Notice modules with parameters that run after the supposed logits, as in ``head(backbone(x))``."""
         for name, module in modules.items():
-            if any(True for _ in module.parameters(recurse=False)):
+            if _has_own(module):
                 self._handles.append(module.register_forward_pre_hook(self._follower_hook(name)))
 
     def _follower_hook(self, name: str) -> Callable[[nn.Module, Any], None]:
@@ -344,14 +364,12 @@ class RelevanceCollector:
         return hook
 
 
+def _has_own(module: nn.Module) -> bool:
+    """Whether the module itself has parameters."""
+    return any(True for _ in module.parameters(recurse=False))
+
+
 def _with_follower(problem: Exception, follower: str) -> Exception:
     if not isinstance(problem, LogitsError):
         return problem
     return LogitsError(f'{problem} Module `{follower}` ran afterwards; if it is the one, `logits_module="{follower}"`.')
-
-
-def _are_normalised(logits: Tensor) -> bool:
-    """Whether the rows look like probabilities or log-probabilities rather than logits."""
-    values = logits.float()
-    totals = values.sum(1) if bool((values >= 0).all()) else values.exp().sum(1)
-    return bool(torch.allclose(totals, torch.ones_like(totals), atol=1e-3)) and bool((values <= 1).all())

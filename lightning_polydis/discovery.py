@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,7 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.forward import CallStack, default_logits, path_to
+from lightning_polydis.forward import CallStack, PassDone, default_logits, path_to, untouched
 from lightning_polydis.layers import (
     MIN_INPUTS_BY_DEFAULT,
     LinearLayer,
@@ -34,22 +35,23 @@ class ForwardCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    autocast: tuple[tuple[str, torch.dtype], ...]  # device types and precisions of the mixed precision in force
+
+    @staticmethod
+    def of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall:
+        """The call of a module that is about to be made."""
+        # Copies, because the network may overwrite its inputs.
+        args, kwargs = apply_to_collection((args, kwargs), Tensor, lambda tensor: tensor.clone(), allow_frozen=True)
+        devices = {tensor.device.type for tensor in (*module.parameters(), *module.buffers())}
+        mixed = [(device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device)]
+        return ForwardCall(module, args, kwargs, tuple(mixed))
+
     def replay(self) -> None:
         """Make the call again without a trace: random numbers and buffers are put back."""
-        buffers = [
-            (owner, name, buffer, buffer.clone())
-            for owner in self.module.modules()
-            for name, buffer in owner.named_buffers(recurse=False)
-        ]
-        devices = {tensor.device for tensor in (*self.module.buffers(), *self.module.parameters())}
-        with torch.no_grad(), torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
-            try:
-                self.module(*self.args, **self.kwargs)
-            finally:
-                for owner, name, buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
-                    setattr(owner, name, buffer)
+        with torch.no_grad(), untouched(self.module), ExitStack() as stack:
+            for device, dtype in self.autocast:
+                stack.enter_context(torch.autocast(device, dtype))
+            self.module(*self.args, **self.kwargs)
 
 
 class LayerDiscovery:
@@ -95,8 +97,9 @@ class LayerDiscovery:
         self._logits_layers: list[str] = []
         self._width: int | None = None
 
-    def start(self, *, wrapped: bool = False) -> None:
-        """Put hooks on every candidate layer and on whatever contains one (``wrapped``: see `RelevanceCollector`)."""
+    def start(self, *, wrapped: bool = False, rehearsal: bool = False) -> None:
+        """Put hooks on every candidate layer and on whatever contains one (arguments: see `RelevanceCollector`)."""
+        self._rehearsal = rehearsal
         modules = dict(self._model.named_modules())
         self._candidates = {
             name: cast("LinearLayer", module)
@@ -175,12 +178,13 @@ class LayerDiscovery:
             self._logits_layers = [name for name, kept in self._outputs.items() if kept() is logits]
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._begun is None:  # copies, because the network may overwrite its inputs
-            args, kwargs = apply_to_collection((args, kwargs), Tensor, lambda tensor: tensor.clone(), allow_frozen=True)
-            self._begun = ForwardCall(module, args, kwargs)
+        if self._begun is None:
+            self._begun = ForwardCall.of(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._call is None:
             self._call = self._begun
             if self._logits_module is None:
                 self._note_width(output)
+            if self._rehearsal:
+                raise PassDone

@@ -136,8 +136,7 @@ class SplitEvaluator:
             targets: Class indices, ``[B]``.
             relevant: Which channels are relevant for which image, ``[B, C]``, boolean.
         """
-        is_split = isinstance(layer, SplitLayer)
-        geometry = layer.expand if is_split else layer
+        geometry = layer.expand if isinstance(layer, SplitLayer) else layer
         for tallies in _chunks(self._tallies):
             parts = [parts_of(layer, tally.split) for tally in tallies]
             weight = torch.cat([part.weight for part in parts]).to(inputs)
@@ -145,7 +144,8 @@ class SplitEvaluator:
             bias = torch.cat(biases).to(inputs) if biases else None
             sizes = [len(part.weight) for part in parts]
             own = [tally.split.channel for tally in tallies]
-            own = [layer.channel_index(channel, 0) for channel in own] if is_split else own
+            if isinstance(layer, SplitLayer):
+                own = [layer.channel_index(channel, 0) for channel in own]
             channels = [channel for channel, size in zip(own, sizes, strict=True) for _ in range(size)]
             outputs = channel_outputs(geometry, inputs, weight, bias, channels).float()
             for tally, output in zip(tallies, outputs.split(sizes, dim=1), strict=True):

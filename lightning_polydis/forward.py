@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch.utils.hooks import RemovableHandle
+
+
+class PassDone(BaseException):
+    """Stops a step that is made for its forward pass alone. No `Exception`, so that no step catches it."""
 
 
 def path_to(name: str) -> list[str]:
@@ -32,6 +38,24 @@ def default_logits(output: Any) -> Any:
     if isinstance(output, dict):
         return output.get("logits", output)
     return getattr(output, "logits", output)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put buffers and random numbers back after a pass that nobody asked for."""
+    buffers = [
+        (owner, name, buffer, buffer.clone())
+        for owner in model.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
+    with isolate_rng():
+        try:
+            yield
+        finally:
+            for owner, name, buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+                setattr(owner, name, buffer)
 
 
 class CallStack:

@@ -148,6 +148,11 @@ def widened(layer: LinearLayer, channels: int, device: torch.device | None = Non
     return cast("LinearLayer", conv)
 
 
+def at_least_single(values: Tensor) -> Tensor:
+    """The same in ``float32`` if it was in half precision."""
+    return values.float() if values.dtype.itemsize < 4 else values
+
+
 def sum_over_positions(values: Tensor, *, channels_last: bool) -> Tensor:
     """Sum a layer's output-shaped tensor over its positions.
 
@@ -183,9 +188,7 @@ def window_sums(layer: LinearLayer, inputs: Tensor) -> Tensor:
         >>> window_sums(nn.Conv2d(1, 8, 2, padding=0), torch.arange(9.0).view(1, 1, 3, 3))
         tensor([[[ 8., 12., 20., 24.]]])
     """
-    inputs = inputs.detach()
-    if inputs.dtype.itemsize < 4:  # sums of real activations exceed the range of half precision
-        inputs = inputs.float()
+    inputs = at_least_single(inputs.detach())  # sums of real activations exceed the range of half precision
     if isinstance(layer, nn.Linear):
         return sum_over_positions(inputs, channels_last=True).unsqueeze(-1)
     sums = _padded(layer, inputs)
@@ -282,9 +285,7 @@ def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, imag
     if not len(images):
         return inputs.new_zeros(0, inputs_per_channel(layer), dtype=torch.promote_types(inputs.dtype, torch.float32))
     weight = flat_weight(layer)
-    inputs, gradient, weight = (
-        part.float() if part.dtype.itemsize < 4 else part for part in (inputs, gradient, weight)
-    )
+    inputs, gradient, weight = (at_least_single(part) for part in (inputs, gradient, weight))
     channels_first = gradient.movedim(-1, 1) if isinstance(layer, nn.Linear) else gradient
     flat = channels_first.flatten(2) if gradient.ndim > 2 else channels_first[..., None]
     counts = torch.bincount(images, minlength=len(inputs)).tolist()
@@ -304,7 +305,8 @@ def _correlated(layer: LinearLayer, read: Tensor, channels: Tensor, gradients: T
     if groups == 1:
         return gradients @ read.mT
     own = read.unflatten(0, (groups, -1))[channels * groups // channel_count(layer)]
-    return (own @ gradients[..., None])[..., 0]
+    correlated: Tensor = (own @ gradients[..., None])[..., 0]
+    return correlated
 
 
 def source_contributions(layer: LinearLayer, inputs: Tensor, weight: Tensor, channel: int) -> Tensor:
