@@ -23,6 +23,8 @@ def write_json(path: str | Path, kind: str, content: dict[str, Any]) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave an empty file under the name
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -67,12 +67,13 @@ class ChannelAnalysis:
     Args:
         model: The network, or whatever contains it.
         settings: How to analyse.
+        note: What the report's reader should know.
 
     Raises:
         ValueError: If a named layer or module cannot be used.
     """
 
-    def __init__(self, model: nn.Module, settings: AnalysisSettings) -> None:
+    def __init__(self, model: nn.Module, settings: AnalysisSettings, note: str | None = None) -> None:
         check_module_name(model, settings.logits_module)
         self._model = model
         self._settings = settings
@@ -81,7 +82,8 @@ class ChannelAnalysis:
         self._statistics: dict[str, ChannelStatistics] = {}
         self._vectors: dict[str, RelevanceVectors] = {}
         self._samples: dict[str, CalibrationSamples] = {}
-        self._notes: list[str] = []
+        self._copies: dict[str, LinearLayer] = {}
+        self._notes = [] if note is None else [note]
         self._targets = torch.empty(0)
         if settings.layer_names is None:
             self._observer = LayerDiscovery(model, logits_fn=settings.logits_fn, logits_module=settings.logits_module)
@@ -104,17 +106,17 @@ class ChannelAnalysis:
         rows = samples.wanted(inputs, self._targets) if samples is not None and kept else []
         return Observation(sums, inputs[torch.tensor(rows, dtype=torch.long, device=inputs.device)], rows)
 
-    def start_batch(self, batch: Any, *, wrapped: bool = False) -> None:
-        """Get ready for the forward pass on ``batch`` (``wrapped``: see `RelevanceCollector.start`).
+    def start_batch(self, batch: Any, *, wrapped: bool = False, rehearsal: bool = False) -> None:
+        """Get ready for the forward pass on ``batch`` (arguments: see `RelevanceCollector.start`).
 
         Raises:
             ValueError: If the batch's targets cannot be used.
         """
         self._targets = targets_of(batch, self._settings)
         if isinstance(self._observer, LayerDiscovery):
-            self._observer.start(wrapped=wrapped)
+            self._observer.start(wrapped=wrapped, rehearsal=rehearsal)
         else:
-            self._observer.start(self._targets, wrapped=wrapped)
+            self._observer.start(self._targets, wrapped=wrapped, rehearsal=rehearsal)
 
     def finish_batch(self) -> None:
         """Take in what the forward pass showed.
@@ -136,9 +138,9 @@ class ChannelAnalysis:
             call.replay()
 
     @property
-    def layer_names(self) -> list[str]:
-        """The layers that are analysed; empty until they are chosen."""
-        return list(self._layers)
+    def is_empty(self) -> bool:
+        """Whether not a single batch was taken in."""
+        return not self._statistics
 
     def close(self) -> None:
         """Take every hook off."""
@@ -203,6 +205,8 @@ class ChannelAnalysis:
                 "The network's output looks like probabilities or log-probabilities, not logits; relevances are then "
                 "those of probabilities. Pass `logits_module` or `logits_fn` to point to the logits."
             )
+        # Now, because by the end of the epoch somebody may have exchanged the weights.
+        self._copies = {name: plain_copy(layer) for name, layer in self._layers.items()}
         per_class = self._affordable_samples(records, num_classes)
         for name, record in records.items():
             n_channels, device = record.relevance.shape[1], record.relevance.device
@@ -244,7 +248,7 @@ class ChannelAnalysis:
         """
         if not self._statistics:
             raise InputError("Expected at least one batch to analyse, but the data was empty.")
-        evidence = {name: self._evidence(name, layer) for name, layer in self._layers.items()}
+        evidence = {name: self._evidence(name, layer) for name, layer in self._copies.items()}
         self.release()
         found = [layer.detect() for layer in evidence.values()]
         statistics = next(iter(evidence.values())).statistics
@@ -267,7 +271,7 @@ class ChannelAnalysis:
             vectors = self._vectors[name].compute()
         samples: Samples | None = self._samples[name].compute() if name in self._samples else None
         statistics = self._statistics[name].compute()
-        return LayerEvidence(name, plain_copy(layer), self._settings, statistics, vectors, samples)
+        return LayerEvidence(name, layer, self._settings, statistics, vectors, samples)
 
     def _summary(self, detection: LayerDetection) -> LayerSummary:
         layer = self._layers[detection.layer]

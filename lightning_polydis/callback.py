@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,22 +10,24 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_polydis._checks import InputError, check_positive_int
-from lightning_polydis.analysis import ChannelAnalysis
-from lightning_polydis.loggers import log_report, log_split_quality, log_sweeps, show_report
+from lightning_polydis._epoch import AnalysedEpoch, guarded, in_lightnings_words
+from lightning_polydis._outputs import Outputs, split_trained
+from lightning_polydis._trainer import check_optimizer_states, check_strategy, is_last_validation
+from lightning_polydis.loggers import log_split_quality
 from lightning_polydis.plan import SplitPlan
 from lightning_polydis.settings import AnalysisSettings
-from lightning_polydis.split_analysis import SplitAnalysis
-from lightning_polydis.surgery import rebuild_splits, split_checked, stored_plan
+from lightning_polydis.state import CallbackState
+from lightning_polydis.surgery import rebuild_splits, stored_plan
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
+    from lightning_polydis.evaluation import SplitQuality
     from lightning_polydis.report import PolysemanticityReport
 
 
@@ -80,6 +80,11 @@ class ChannelDisentanglement(Callback):
         logits_fn: Network output -> logits ``[B, K]``. `None`: the tensor itself, ``.logits`` or ``["logits"]``.
         dirpath: Where ``report.json`` and ``split_plan.json`` go. `None`: the logger's directory (no logger: nowhere).
             With several of these callbacks in a trainer their names begin with the layers'.
+        dataloader: Which of several validation loaders is analysed, by place or, where they come as a dictionary, by
+            key; `None`: all of them.
+
+    A compiled network is not touched: before each step its uncompiled code is run once more, up to the logits (see
+    `rehearsal`). Report and plan are part of checkpoints.
 
     Raises:
         MisconfigurationException: If an argument is out of range or does not go with the others; when validation
@@ -114,9 +119,10 @@ class ChannelDisentanglement(Callback):
         target_fn: Callable[[Any], Any] | None = None,
         logits_fn: Callable[[Any], Any] | None = None,
         dirpath: str | Path | None = None,
+        dataloader: int | str | None = None,
     ) -> None:
         super().__init__()
-        with _in_lightnings_words():
+        with in_lightnings_words():
             self._settings = AnalysisSettings(
                 layers=layers,
                 relevance_threshold=relevance_threshold,
@@ -141,11 +147,13 @@ class ChannelDisentanglement(Callback):
         self.every_n_epochs = every_n_epochs
         self.strict = strict
         self.dirpath = dirpath
+        self.dataloader = dataloader
         self._report: PolysemanticityReport | None = None
         self._applied: SplitPlan | None = None
-        self._analysis: ChannelAnalysis | SplitAnalysis | None = None
+        self._epoch: AnalysedEpoch | None = None
         self._analysed_step = -1
         self._is_news = False  # whether the report comes from the run under way
+        self._is_current = False  # whether it does, or from the checkpoint that the run went on from
         self._chosen: list[str] | None = None
         self._n_validations = 0
         self._inference_loops: list[Any] = []
@@ -175,11 +183,13 @@ class ChannelDisentanglement(Callback):
         for loop in self._inference_loops:
             loop.inference_mode = False
         self._n_validations = 0
-        self._is_news = False
+        self._is_news = self._is_current = False
         self._chosen = None
+        with in_lightnings_words():
+            check_strategy(trainer, split=self.split)
         if not len(stored_plan(pl_module)):
             self._applied = None
-        with _in_lightnings_words():
+        with in_lightnings_words():
             self._check_for_doubles(trainer)
         # A checkpoint of a split network finds the module unsplit; it is split just before the weights load.
         self._load_hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
@@ -202,9 +212,30 @@ class ChannelDisentanglement(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._give_back()  # teardown does not run after an exception
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = CallbackState(self._report, self._analysed_step, self._n_validations, self._chosen)
+        return state.to_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        try:
+            state = CallbackState.from_dict(state_dict)
+        except InputError as error:  # no reason not to go on with the training
+            rank_zero_warn(f"The report in the checkpoint was not restored. {error}")
+            return
+        self._report, self._analysed_step = state.report, state.analysed_step
+        self._n_validations, self._chosen = state.n_validations, state.chosen
+        self._is_current = True
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with in_lightnings_words():
+            check_optimizer_states(trainer.optimizers, pl_module)
+
     def _give_back(self) -> None:
         """Hooks off, inference mode as it was."""
-        self._drop_analysis()
+        self._drop_epoch()
         if self._load_hook is not None:
             self._load_hook.remove()
         self._load_hook = None
@@ -212,30 +243,22 @@ class ChannelDisentanglement(Callback):
             loop.inference_mode = True
         self._inference_loops = []
 
-    def _drop_analysis(self) -> None:
-        if self._analysis is not None:
-            self._analysis.release()
-        self._analysis = None
+    def _drop_epoch(self) -> None:
+        if self._epoch is not None:
+            self._epoch.drop()
+        self._epoch = None
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer, pl_module)
-
-    on_test_start = on_validation_start
-
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._drop_analysis()
+        self._drop_epoch()
         if trainer.sanity_checking or not self._is_due(trainer):
             return
-        with self._guarded():
-            plan = self._plan_in(pl_module)
-            if not len(plan):
-                self._applied = None
-                chosen = self._settings.layers if self._chosen is None else self._chosen
-                self._analysis = ChannelAnalysis(pl_module, replace(self._settings, layers=chosen))
-            else:  # a split network is only evaluated: report and plan stay those that led to the split
-                self._applied = self._applied or plan
-                self._analysis = SplitAnalysis(pl_module, plan, self._settings)
+        plan = self._plan_in(pl_module)  # a split network is only evaluated: report and plan stay those that led to it
+        self._applied = (self._applied or plan) if len(plan) else None
+        settings = replace(self._settings, layers=self._settings.layers if self._chosen is None else self._chosen)
+        self._epoch = AnalysedEpoch(trainer, pl_module, settings, plan, self.dataloader, self.strict)
+
+    on_test_start = on_validation_start
 
     def _plan_in(self, pl_module: pl.LightningModule) -> SplitPlan:
         """The splits that the module has in the layers of this callback."""
@@ -247,22 +270,14 @@ class ChannelDisentanglement(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return True
         self._n_validations += 1
-        to_next = trainer.check_val_every_n_epoch or 1
-        last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + to_next >= (
-            trainer.max_epochs or 0
-        )
-        last_step = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
-        last = last_epoch or last_step or trainer.should_stop
-        return last or (self._n_validations - 1) % self.every_n_epochs == 0
+        return is_last_validation(trainer) or (self._n_validations - 1) % self.every_n_epochs == 0
 
     @override
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._analysis is not None:
-            wrapped = trainer.strategy.model is not trainer.lightning_module  # DDP calls the module to reach the step
-            with self._guarded():
-                self._analysis.start_batch(batch, wrapped=wrapped)
+        if self._epoch is not None:
+            self._epoch.start_batch(batch, batch_idx, dataloader_idx)
 
     on_test_batch_start = on_validation_batch_start
 
@@ -276,29 +291,39 @@ class ChannelDisentanglement(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._analysis is not None:
-            with self._guarded():
-                self._analysis.finish_batch()
+        if self._epoch is not None:
+            self._epoch.finish_batch(dataloader_idx)
 
     on_test_batch_end = on_validation_batch_end
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        analysis = self._analysis
-        if analysis is None:
+        if self._epoch is None:
             return
-        with self._guarded():
-            if isinstance(analysis, SplitAnalysis):
-                log_split_quality(pl_module, analysis.compute())
-            else:
-                self._chosen = analysis.layer_names  # once found, the layer need not be looked for again
-                self._report = analysis.compute()
-                self._analysed_step = trainer.global_step
-                self._is_news = True
-                pl_module.log_dict(self._report.scalars(), sync_dist=True)
-                log_report(trainer.loggers, self._report, trainer.global_step)
-                self._save(trainer, self._report, "report.json")
-        self._drop_analysis()
+        result = self._epoch.result()
+        self._drop_epoch()
+        if result is not None:
+            with guarded(strict=self.strict):
+                self._take_in(trainer, pl_module, result)
+
+    def _take_in(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, result: PolysemanticityReport | list[SplitQuality]
+    ) -> None:
+        if isinstance(result, list):
+            log_split_quality(pl_module, result)
+            return
+        self._chosen = [layer.name for layer in result.layers]  # once found, the layer need not be looked for again
+        self._report = result
+        self._analysed_step = trainer.global_step
+        self._is_news = self._is_current = True
+        pl_module.log_dict(result.scalars(), sync_dist=True)
+        self._outputs(trainer).after_epoch(result, trainer.global_step)
+        if trainer.state.fn == TrainerFn.FITTING and is_last_validation(trainer):
+            _ = result.plan  # so that the checkpoint of this epoch holds it
+
+    def _outputs(self, trainer: pl.Trainer) -> Outputs:
+        alone = len(_instances(trainer)) == 1
+        return Outputs(trainer, self.dirpath, "" if alone else f"{'+'.join(self._chosen or [])}.")
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -313,79 +338,16 @@ class ChannelDisentanglement(Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        plan = self._finish_run(trainer)
+        self._finish_run(trainer)
         if self.split and self._applied is None:
-            self._apply(trainer, pl_module, plan)
+            with in_lightnings_words():
+                report = self._report if self._is_current else None
+                self._applied = split_trained(trainer, pl_module, report, self._analysed_step)
 
-    def _finish_run(self, trainer: pl.Trainer) -> SplitPlan | None:
-        """Choose and judge the plan, write the files, show the table."""
-        if self._report is None or not self._is_news:
-            return None
-        plan = None
-        with self._guarded():
-            plan = self._report.plan
-            self._report.judge()
-            if trainer.loggers or self.dirpath is not None:  # somebody will see them
-                _ = self._report.sweeps
-            self._save(trainer, self._report, "report.json")
-            if plan is not None:
-                self._save(trainer, plan, "split_plan.json")
-            log_report(trainer.loggers, self._report, self._analysed_step)  # once more, with the splits' quality
-            log_sweeps(trainer.loggers, self._report, self._analysed_step)
-            show_report(self._report)
-        return plan
-
-    def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: SplitPlan | None) -> None:
-        if self._report is None or plan is None:
-            rank_zero_warn("`split=True`, but there is no plan: no validation epoch was analysed, or no sample kept.")
-            return
-        if trainer.global_step != self._analysed_step or self._report.differs_from(pl_module):
-            rank_zero_warn(
-                "The weights have changed since the analysis that the split follows from; the final weights are split. "
-                "Let the last epoch end with a validation to analyse what is split."
-            )
-        with _in_lightnings_words():
-            deviations = split_checked(pl_module, plan, self._report.sample_inputs())
-        for layer, deviation in deviations.items():
-            n_split = len(plan.of_layer(layer))
-            rank_zero_info(
-                f"Split {n_split} channels of `{layer}`; largest relative change of its output: {deviation:.1e}."
-            )
-        self._applied = plan if len(plan) else None
-
-    def _save(self, trainer: pl.Trainer, result: PolysemanticityReport | SplitPlan, name: str) -> None:
-        folder = self.dirpath if self.dirpath is not None or not trainer.loggers else trainer.log_dir
-        if folder is None or getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
-            return
-        if len(_instances(trainer)) > 1:
-            name = f"{'+'.join(self._chosen or [])}.{name}"
-        try:
-            result.save(Path(folder) / name)
-        except OSError as error:
-            rank_zero_warn(f"`{name}` could not be written to `{folder}`: {error}.")
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """What the user can mend raises in words; anything else ends this epoch's analysis, not the training."""
-        try:
-            with _in_lightnings_words():
-                yield
-        except MisconfigurationException:
-            self._drop_analysis()
-            raise
-        except Exception:
-            self._drop_analysis()
-            if self.strict:
-                raise
-            rank_zero_warn(f"The analysis of this epoch failed and is dropped:\n{traceback.format_exc()}")
-
-
-@contextmanager
-def _in_lightnings_words() -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        raise MisconfigurationException(str(error)) from error
+    def _finish_run(self, trainer: pl.Trainer) -> None:
+        if self._report is not None and self._is_news:
+            with guarded(strict=self.strict):
+                self._outputs(trainer).after_run(self._report, self._analysed_step)
 
 
 def _instances(trainer: pl.Trainer) -> list[ChannelDisentanglement]:
@@ -393,5 +355,5 @@ def _instances(trainer: pl.Trainer) -> list[ChannelDisentanglement]:
 
 
 def _rebuild_splits(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-    with _in_lightnings_words():
+    with in_lightnings_words():
         rebuild_splits(module, state_dict)

@@ -254,14 +254,16 @@ class RelevanceCollector:
 
     def _finish_pass(self, output: Any) -> Any:
         """Finish, unless a collector whose layer ran later still needs the graph; then it finishes this one too."""
-        if self._stage != "recording" or self._is_shut_out():
+        if self._is_shut_out():
             return None
-        self._has_output, self._output = True, output
-        while self._recording and self._recording[-1]._has_output:
-            self._recording[-1]._take_relevances()
-        if self._rehearsal:
+        was_recording = self._stage == "recording"
+        if was_recording:
+            self._has_output, self._output = True, output
+            while self._recording and self._recording[-1]._has_output:
+                self._recording[-1]._take_relevances()
+        if self._rehearsal and self._stage == "done":
             raise PassDone
-        if torch.is_grad_enabled():
+        if not was_recording or torch.is_grad_enabled():
             return None
         try:
             return detached(output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
 from lightning_polydis.analysis import ChannelAnalysis
+from lightning_polydis.rehearsal import is_compiled, uncompiled
 from lightning_polydis.settings import AnalysisSettings
 from lightning_polydis.split_analysis import SplitAnalysis
 
@@ -139,7 +140,8 @@ def _run(
     hidden = description is None or not Console().is_terminal
     shown = track(batches, description or "", total=_length(batches), transient=True, disable=hidden)
     count = 0
-    with _evaluating(model, device) as where, torch.inference_mode(False), torch.no_grad():
+    eager = uncompiled() if is_compiled(model) else nullcontext()  # hooks are of no use in compiled code
+    with _evaluating(model, device) as where, torch.inference_mode(False), torch.no_grad(), eager:
         try:
             for batch in shown:
                 batch = apply_to_collection(batch, Tensor, lambda tensor: tensor.to(where), allow_frozen=True)

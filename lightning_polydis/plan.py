@@ -132,7 +132,7 @@ class SplitPlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""
-        write_json(path, "split_plan", {"splits": [split.to_json() for split in self.splits]})
+        write_json(path, "split_plan", self.to_json())
 
     @staticmethod
     def load(path: str | Path) -> SplitPlan:
@@ -141,12 +141,17 @@ class SplitPlan:
         Raises:
             ValueError: If the file is damaged, of another kind, or of a newer format.
         """
-        document = read_json(path, "split_plan")
-        return SplitPlan(parse(path, _splits_from_json, document))
+        plan: SplitPlan = parse(path, SplitPlan.from_json, read_json(path, "split_plan"))
+        return plan
 
+    def to_json(self) -> dict[str, Any]:
+        """The plan in plain types."""
+        return {"splits": [split.to_json() for split in self.splits]}
 
-def _splits_from_json(document: dict[str, Any]) -> list[ChannelSplit]:
-    return [ChannelSplit.from_json(content) for content in document["splits"]]
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> SplitPlan:
+        """The plan that `to_json` described."""
+        return SplitPlan([ChannelSplit.from_json(split) for split in content["splits"]])
 
 
 def check_fits(splits: Sequence[ChannelSplit], n_channels: int, n_inputs: int) -> None:

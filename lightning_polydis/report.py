@@ -113,6 +113,7 @@ class PolysemanticityReport:
     class_names: list[str] | None = None
     notes: list[str] = field(default_factory=list)
     _evidence: dict[str, LayerEvidence] | None = field(default=None, repr=False)
+    _saved_plan: SplitPlan | None = field(default=None, repr=False)
     _saved_quality: list[SplitQuality] | None = field(default=None, repr=False)
     _saved_sweeps: list[LayerSweep] | None = field(default=None, repr=False)
 
@@ -123,15 +124,22 @@ class PolysemanticityReport:
         Raises:
             ValueError: If the report was loaded from a file, which holds no calibration samples.
         """
+        if self._saved_plan is not None:
+            return self._saved_plan
         wanted = [(found.layer, found.channel, found.concepts) for found in self.channels]
         return self._planned(wanted) if self._has_samples() else None
+
+    @property
+    def known_plan(self) -> SplitPlan | None:
+        """The plan, if it was chosen already."""
+        return self.__dict__.get("plan", self._saved_plan)
 
     @cached_property
     def quality(self) -> list[SplitQuality]:
         """Quality of the plan's splits on calibration samples that did not choose them (empty if there are none)."""
         if self._saved_quality is not None:
             return self._saved_quality
-        plan = self.plan
+        plan = None if self._evidence is None else self.plan
         if plan is None or self._evidence is None:
             return []
         return [
@@ -233,13 +241,17 @@ class PolysemanticityReport:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON, without the calibration samples; the file appears whole or not at all.
+        """Write the report as JSON (see `to_json`); the file appears whole or not at all."""
+        write_json(path, "report", self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """The report in plain types, without the calibration samples.
 
         The quality of the splits and the sweeps are included if they were asked for before.
         """
         has_sweeps = "sweeps" in self.__dict__ or self._saved_sweeps is not None
         has_quality = "quality" in self.__dict__ or self._saved_quality is not None
-        content = {
+        return {
             "settings": self.settings,
             "n_images": self.n_images,
             "n_images_left_out": self.n_images_left_out,
@@ -251,7 +263,6 @@ class PolysemanticityReport:
             "quality": [quality.to_json() for quality in self.quality] if has_quality else None,
             "sweeps": [sweep.to_json() for sweep in self.sweeps] if has_sweeps else None,
         }
-        write_json(path, "report", content)
 
     @staticmethod
     def load(path: str | Path) -> PolysemanticityReport:
@@ -260,8 +271,25 @@ class PolysemanticityReport:
         Raises:
             ValueError: If the file is damaged, of another kind, or of a newer format.
         """
-        report: PolysemanticityReport = parse(path, _report_from_json, read_json(path, "report"))
+        report: PolysemanticityReport = parse(path, PolysemanticityReport.from_json, read_json(path, "report"))
         return report
+
+    @staticmethod
+    def from_json(document: dict[str, Any]) -> PolysemanticityReport:
+        """The report that `to_json` described."""
+        quality, sweeps = document["quality"], document.get("sweeps")
+        return PolysemanticityReport(
+            layers=[LayerSummary(**layer) for layer in document["layers"]],
+            channels=[PolysemanticChannel(**channel) for channel in document["channels"]],
+            pairs=[_pair_from_json(pair) for pair in document["pairs"]],
+            settings=document["settings"],
+            n_images=document["n_images"],
+            n_images_left_out=document["n_images_left_out"],
+            class_names=document["class_names"],
+            notes=document["notes"],
+            _saved_quality=None if quality is None else [SplitQuality.from_json(entry) for entry in quality],
+            _saved_sweeps=None if sweeps is None else [LayerSweep(**sweep) for sweep in sweeps],
+        )
 
     def to_markdown(self, max_rows: int | None = None) -> str:
         """The report as markdown: a summary of each layer and a table of the polysemantic channels.
@@ -367,19 +395,3 @@ def _figure(value: float | None) -> str:
 def _pair_from_json(content: dict[str, Any]) -> PolysemanticPair:
     interval = content["interval"]
     return PolysemanticPair(**{**content, "interval": None if interval is None else tuple(interval)})
-
-
-def _report_from_json(document: dict[str, Any]) -> PolysemanticityReport:
-    quality, sweeps = document["quality"], document.get("sweeps")
-    return PolysemanticityReport(
-        layers=[LayerSummary(**layer) for layer in document["layers"]],
-        channels=[PolysemanticChannel(**channel) for channel in document["channels"]],
-        pairs=[_pair_from_json(pair) for pair in document["pairs"]],
-        settings=document["settings"],
-        n_images=document["n_images"],
-        n_images_left_out=document["n_images_left_out"],
-        class_names=document["class_names"],
-        notes=document["notes"],
-        _saved_quality=None if quality is None else [SplitQuality.from_json(entry) for entry in quality],
-        _saved_sweeps=None if sweeps is None else [LayerSweep(**sweep) for sweep in sweeps],
-    )

@@ -42,15 +42,18 @@ class SplitAnalysis:
         self._evaluators = {name: SplitEvaluator(plan.of_layer(name)) for name in plan.layers}
         self._collector = collector_for(model, self._layers, settings, lambda name, inputs: inputs.clone())
         self._targets = torch.empty(0)
+        self.is_empty = True
 
-    def start_batch(self, batch: Any, *, wrapped: bool = False) -> None:
+    def start_batch(self, batch: Any, *, wrapped: bool = False, rehearsal: bool = False) -> None:
         """As `ChannelAnalysis.start_batch`."""
         self._targets = targets_of(batch, self._settings)
-        self._collector.start(self._targets, wrapped=wrapped)
+        self._collector.start(self._targets, wrapped=wrapped, rehearsal=rehearsal)
 
     def finish_batch(self) -> None:
         """As `ChannelAnalysis.finish_batch`."""
-        for name, record in self._collector.finish().items():
+        records = self._collector.finish()
+        self.is_empty = False
+        for name, record in records.items():
             if is_finite(record.relevance):
                 relevant = relevant_channels(record.relevance, self._settings.relevance_threshold)
                 with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.layers import channel_count, find_layer, inputs_per_channel, plain_copy
+from lightning_polydis.layers import channel_count, find_layer, input_count, inputs_per_channel, plain_copy
 from lightning_polydis.plan import SplitPlan, check_fits
 from lightning_polydis.splitting import SplitLayer, split_layer, stored_splits
 
@@ -120,7 +120,8 @@ def split_checked(model: nn.Module, plan: SplitPlan, inputs: Mapping[str, Tensor
     Args:
         model: The network.
         plan: What to split.
-        inputs: Some inputs of each layer, ``[n, I, H, W]`` or ``[n, ..., I]``.
+        inputs: Some inputs of each layer, ``[n, G * I, ...]`` or ``[n, ..., I]``; where they are missing, random ones
+            will do.
 
     Returns:
         For each layer the largest change of its output, relative to its largest output, in the layer's own precision.
@@ -131,17 +132,28 @@ def split_checked(model: nn.Module, plan: SplitPlan, inputs: Mapping[str, Tensor
     ready, deviations = {}, {}
     for name in plan.layers:
         layer, splits = find_layer(model, name), plan.of_layer(name)
-        exact = split_deviation(layer, splits, inputs[name], torch.float64)
+        samples = inputs[name] if name in inputs else _random_inputs(layer)
+        exact = split_deviation(layer, splits, samples, torch.float64)
         if not exact <= MAX_DEVIATION:
             raise RuntimeError(
                 f"The split of layer `{name}` would change its output by {exact:.1e} relative to its largest output in "
                 f"float64 (at most {MAX_DEVIATION:.0e} is rounding). The model was left unsplit."
             )
         ready[name] = split_layer(layer, splits)
-        deviations[name] = split_deviation(layer, splits, inputs[name], layer.weight.dtype)
+        deviations[name] = split_deviation(layer, splits, samples, layer.weight.dtype)
     for name, split in ready.items():
         replace_layer(model, name, split)
     return deviations
+
+
+def _random_inputs(layer: LinearLayer) -> Tensor:
+    """Four inputs of a layer, wide enough for its kernel, without drawing from the global random numbers."""
+    sizes = (
+        []
+        if isinstance(layer, nn.Linear)
+        else [1 + d * k for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    )
+    return torch.randn(4, input_count(layer), *sizes, generator=torch.Generator().manual_seed(0))
 
 
 def split_deviation(layer: LinearLayer, splits: Sequence[ChannelSplit], inputs: Tensor, dtype: torch.dtype) -> float:

@@ -558,7 +558,7 @@ def test_a_failure_of_ours_drops_the_analysis_not_the_training(module, where, mo
     def fail(*args, **kwargs):
         raise OursError("ours")
 
-    owner = "lightning_polydis.analysis." if "." in where else "lightning_polydis.callback."
+    owner = "lightning_polydis.analysis." if "." in where else "lightning_polydis._outputs."
     with monkeypatch.context() as patch:
         patch.setattr(owner + where, fail)
         with pytest.warns(UserWarning, match=r"(?s)analysis of this epoch failed and is dropped:.*OursError: ours"):
@@ -624,7 +624,7 @@ def test_an_error_of_numpy_is_no_error_of_the_user(module, monkeypatch, tmp_path
     def fail(*args, **kwargs):
         raise ValueError("from numpy")
 
-    monkeypatch.setattr("lightning_polydis.callback.log_report", fail)
+    monkeypatch.setattr("lightning_polydis._outputs.log_report", fail)
     with pytest.warns(UserWarning, match="(?s)analysis of this epoch failed and is dropped:.*from numpy"):
         make_trainer(tmp_path, callback_for()).fit(module, loader(), loader())
 

@@ -1,0 +1,132 @@
+"""One analysed epoch of a run: what goes wrong in it ends the analysis, in all processes, and not the training."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_polydis._checks import InputError
+from lightning_polydis._trainer import Rehearsals, chosen_loader, is_wrapped, weights_note
+from lightning_polydis.analysis import ChannelAnalysis
+from lightning_polydis.split_analysis import SplitAnalysis
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import lightning.pytorch as pl
+
+    from lightning_polydis.evaluation import SplitQuality
+    from lightning_polydis.plan import SplitPlan
+    from lightning_polydis.report import PolysemanticityReport
+    from lightning_polydis.settings import AnalysisSettings
+
+
+@contextmanager
+def in_lightnings_words() -> Iterator[None]:
+    """What the user can mend, as the exception that Lightning raises for it."""
+    try:
+        yield
+    except InputError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
+@contextmanager
+def guarded(*, strict: bool, on_failure: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """What the user can mend raises in words; anything else raises only if ``strict``, and is a warning otherwise."""
+    try:
+        with in_lightnings_words():
+            yield
+    except MisconfigurationException:
+        on_failure()
+        raise
+    except Exception:
+        on_failure()
+        if strict:
+            raise
+        # By any process: the others only learn that there was a failure.
+        warnings.warn(f"The analysis of this epoch failed and is dropped:\n{traceback.format_exc()}", stacklevel=3)
+
+
+class AnalysedEpoch:
+    """The analysis of one validation or test epoch, begun by all processes and ended by all.
+
+    Args:
+        trainer: About to validate or test.
+        module: The LightningModule.
+        settings: How to analyse.
+        plan: The splits that the module has; with any, they are judged, and nothing else is analysed.
+        dataloader: Which validation loader is analysed, by place or key; `None`: all.
+        strict: Whether internal failures raise.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        settings: AnalysisSettings,
+        plan: SplitPlan,
+        dataloader: int | str | None,
+        strict: bool,
+    ) -> None:
+        self._trainer, self._strict = trainer, strict
+        self._analysis: ChannelAnalysis | SplitAnalysis | None = None  # `None` once it has failed in this process
+        with self._guarded():
+            self._loader = chosen_loader(trainer, dataloader)
+            self._rehearsals = Rehearsals(trainer, module)
+            if len(plan):
+                self._analysis = SplitAnalysis(module, plan, settings)
+            else:
+                self._analysis = ChannelAnalysis(module, settings, weights_note(trainer))
+
+    def _guarded(self) -> Any:
+        return guarded(strict=self._strict, on_failure=self.drop)
+
+    def drop(self) -> None:
+        """Take hooks off and let data go."""
+        if self._analysis is not None:
+            self._analysis.release()
+        self._analysis = None
+
+    def start_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """Get ready for the step on a batch, or rehearse it."""
+        if self._analysis is None or self._loader not in (None, dataloader_idx):
+            return
+        with self._guarded():
+            if self._rehearsals.needed:
+                self._rehearsals.rehearse(self._analysis, batch, batch_idx, dataloader_idx)
+            else:
+                self._analysis.start_batch(batch, wrapped=is_wrapped(self._trainer))
+
+    def finish_batch(self, dataloader_idx: int) -> None:
+        """Take in what the step has shown."""
+        if self._analysis is None or self._rehearsals.needed or self._loader not in (None, dataloader_idx):
+            return
+        with self._guarded():
+            self._analysis.finish_batch()
+
+    def result(self) -> PolysemanticityReport | list[SplitQuality] | None:
+        """The report, or the quality of the splits; `None`, in all processes, if the analysis failed in any."""
+        with self._guarded():
+            if self._analysis is not None and self._analysis.is_empty and self._trainer.world_size > 1:
+                raise RuntimeError("No batch was analysed in this process; every process needs some.")
+        if not self._is_well_everywhere():  # or the others would wait for this one
+            return None
+        found = None
+        with self._guarded():
+            assert self._analysis is not None  # all is well
+            found = self._analysis.compute()
+        return found if self._is_well_everywhere() else None  # logging makes the processes wait again
+
+    def _is_well_everywhere(self) -> bool:
+        is_well = self._analysis is not None
+        if self._trainer.strategy.reduce_boolean_decision(is_well):
+            return True
+        if is_well:
+            rank_zero_warn("The analysis of this epoch failed in another process and is dropped.")
+        self.drop()
+        return False

@@ -1,0 +1,148 @@
+"""What the callback has to know about Lightning's Trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+
+from lightning_polydis._checks import InputError
+from lightning_polydis.rehearsal import copied, is_compiled, rehearsal
+from lightning_polydis.splitting import SplitLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import lightning.pytorch as pl
+    from torch.optim import Optimizer
+
+    from lightning_polydis.analysis import ChannelAnalysis
+    from lightning_polydis.split_analysis import SplitAnalysis
+
+
+def check_strategy(trainer: pl.Trainer, *, split: bool) -> None:
+    """Refuse strategies under which no process has whole layers, and splits that would be lost.
+
+    Raises:
+        ValueError: In words.
+    """
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    if not whole:
+        raise InputError(
+            f"`ChannelDisentanglement` needs whole layers in each process, which `{name}` does not keep. Train "
+            "without it, then analyse the checkpoint on one device or with `strategy='ddp'`: "
+            "`Trainer(callbacks=[ChannelDisentanglement(...)]).validate(module, ckpt_path=...)`, or "
+            "`find_polysemantic_channels(model, batches)`."
+        )
+    if split and isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise InputError(
+            "`split=True` needs a strategy that trains in this process, but `ddp_spawn`, `ddp_fork` and "
+            "`ddp_notebook` train in others and bring back weights alone, not the split layers. Use `strategy='ddp'`, "
+            "or `split=False` and then `disentangle(module, SplitPlan.load('.../split_plan.json'), inplace=True)`."
+        )
+
+
+def is_last_validation(trainer: pl.Trainer) -> bool:
+    """Whether no other validation of this ``fit`` will follow, as far as can be known."""
+    to_next = trainer.check_val_every_n_epoch or 1
+    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + to_next >= (trainer.max_epochs or 0)
+    last_step = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    return last_epoch or last_step or trainer.should_stop
+
+
+def is_wrapped(trainer: pl.Trainer) -> bool:
+    """Whether the step is reached through a call of the LightningModule, as under DDP."""
+    return trainer.strategy.model is not trainer.lightning_module
+
+
+def chosen_loader(trainer: pl.Trainer, wanted: int | str | None) -> int | None:
+    """Place of the validation loader that is to be analysed; `None`: all of them.
+
+    Raises:
+        ValueError: If there is no such loader.
+    """
+    if wanted is None or trainer.state.fn == TrainerFn.TESTING:
+        return None
+    loaders = trainer.val_dataloaders
+    n_loaders = len(loaders) if isinstance(loaders, list | tuple | dict) else 1
+    names = list(loaders) if isinstance(loaders, dict) else []
+    if wanted in names:
+        return names.index(wanted)
+    if isinstance(wanted, int) and 0 <= wanted < n_loaders:
+        return wanted
+    known = f"one of {names} or " if names else ""
+    raise InputError(
+        f"Expected argument `dataloader` to be {known}a place in [0, {n_loaders}) of a validation loader, "
+        f"but got {wanted!r}."
+    )
+
+
+def weights_note(trainer: pl.Trainer) -> str | None:
+    """Which weights are analysed, where a callback exchanges them; found by the callbacks' names."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        if name == "StochasticWeightAveraging":
+            return f"Analysed: the weights in training; `{name}` replaces them by their average when training ends."
+        if "WeightAveraging" in name or "EMA" in name:
+            return f"Analysed: the weights that `{name}` puts in place for validation, not those in training."
+    return None
+
+
+def check_optimizer_states(optimizers: list[Optimizer], module: nn.Module) -> None:
+    """Refuse optimizer states that were made before a layer was split.
+
+    Raises:
+        ValueError: In words; the optimizer would fail at its first step, or go on with numbers of other channels.
+    """
+    for name, layer in module.named_modules():
+        if not isinstance(layer, SplitLayer):
+            continue
+        old_shapes = {(layer.n_channels, *parameter.shape[1:]) for parameter in layer.expand.parameters()}
+        states = [optimizer.state.get(own, {}) for optimizer in optimizers for own in layer.expand.parameters()]
+        if any(isinstance(value, Tensor) and tuple(value.shape) in old_shapes for s in states for value in s.values()):
+            raise InputError(
+                f"The optimizer's state in this checkpoint is of the time before layer `{name}` was split, and does "
+                "not fit the split layer. Start with a new optimizer: "
+                "`module = lightning_polydis.load_from_checkpoint(ModuleClass, path)`, then `trainer.fit(module)` "
+                "without `ckpt_path`."
+            )
+
+
+class Rehearsals:
+    """Rehearses the steps of a compiled LightningModule; does nothing for others.
+
+    Args:
+        trainer: In validation or test.
+        module: The LightningModule.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        testing = trainer.state.fn == TrainerFn.TESTING
+        plugin = trainer.precision_plugin
+        self._context = plugin.test_step_context if testing else plugin.val_step_context
+        self._step: Callable[..., Any] = module.test_step if testing else module.validation_step
+        self._module = module
+        loaders = trainer.test_dataloaders if testing else trainer.val_dataloaders
+        self._several = isinstance(loaders, list | tuple | dict) and len(loaders) > 1
+        self.needed = is_compiled(module, self._step)
+
+    def rehearse(
+        self, analysis: ChannelAnalysis | SplitAnalysis, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        """Let the analysis see an uncompiled step on a batch, before the real one."""
+        arguments = [copied(batch)]
+        if is_param_in_hook_signature(self._step, "batch_idx", min_args=2):
+            arguments.append(batch_idx)
+        if self._several:
+            arguments.append(dataloader_idx)
+        analysis.start_batch(batch, rehearsal=True)
+        with rehearsal(self._module), self._context():
+            self._step(*arguments)
+        with rehearsal(self._module), self._context():
+            analysis.finish_batch()
