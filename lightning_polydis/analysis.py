@@ -27,7 +27,7 @@ from lightning_polydis.layers import (
 from lightning_polydis.planning import LayerEvidence
 from lightning_polydis.report import LayerSummary, PolysemanticityReport
 from lightning_polydis.settings import MEBIBYTE
-from lightning_polydis.statistics import CalibrationSamples, ChannelStatistics, relevant_channels
+from lightning_polydis.statistics import CalibrationSamples, ChannelStatistics, cpu_group, relevant_channels
 from lightning_polydis.vectors import RelevanceVectors
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class ChannelAnalysis:
         self._copies: dict[str, LinearLayer] = {}
         self._notes = [] if note is None else [note]
         self._targets = torch.empty(0)
+        self._cpu_group = cpu_group()  # here, where all processes come by
         if settings.layer_names is None:
             self._observer = LayerDiscovery(model, logits_fn=settings.logits_fn, logits_module=settings.logits_module)
         else:
@@ -219,7 +220,7 @@ class ChannelAnalysis:
                 memory = self._settings.vector_bytes / len(records)
                 self._vectors[name] = RelevanceVectors(num_classes, n_channels, n_inputs, memory).to(device)
             if per_class != 0:
-                self._samples[name] = CalibrationSamples(per_class)
+                self._samples[name] = CalibrationSamples(per_class, process_group=self._cpu_group)
 
     def _affordable_samples(self, records: dict[str, LayerRecord], num_classes: int) -> int | None:
         """Samples of each class that fit into the memory that the user allows."""

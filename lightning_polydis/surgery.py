@@ -50,17 +50,52 @@ def disentangle(model: ModelT, plan: SplitPlan, inplace: bool = False) -> ModelT
         >>> disentangle(net, plan)[0].expand
         Conv2d(3, 10, kernel_size=(3, 3), stride=(1, 1))
     """
-    modules = dict(model.named_modules())
     for name in plan.layers:  # everything is checked before anything is changed
-        if isinstance(modules.get(name), SplitLayer):
-            raise InputError(f"Layer `{name}` is split already. Put the layer that its `undo()` returns back first.")
-        layer = find_layer(model, name)
-        check_fits(plan.of_layer(name), channel_count(layer), inputs_per_channel(layer))
+        _check_splits(model, name, plan.of_layer(name))
     if not inplace:
         model = copy.deepcopy(model)
     for name in plan.layers:
-        replace_layer(model, name, split_layer(find_layer(model, name), plan.of_layer(name)))
+        module, own = model.get_submodule(name), plan.of_layer(name)
+        if isinstance(module, SplitLayer):
+            replace_layer(model, name, split_further(module, own))
+        else:
+            replace_layer(model, name, split_layer(find_layer(model, name), own))
     return model
+
+
+def _check_splits(model: nn.Module, name: str, splits: Sequence[ChannelSplit]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    outer, _, _ = name.rpartition(".")
+    if isinstance(modules.get(outer), SplitLayer):
+        raise InputError(f"Layer `{name}` is part of the split layer `{outer}`. Split further channels of `{outer}`.")
+    module = modules.get(name)
+    if isinstance(module, SplitLayer):
+        again = sorted({split.channel for split in splits} & set(module.channels.tolist()))
+        if again:
+            raise InputError(
+                f"Channels {again} of layer `{name}` are split already. Leave them out of the plan, or put the layer "
+                "that `undo()` returns back first."
+            )
+        layer: LinearLayer = module.expand
+        check_fits(splits, module.n_channels, inputs_per_channel(layer))
+    else:
+        layer = find_layer(model, name)
+        check_fits(splits, channel_count(layer), inputs_per_channel(layer))
+
+
+def split_further(layer: SplitLayer, splits: Sequence[ChannelSplit]) -> SplitLayer:
+    """A split layer with further channels split; the parts of the channels that were split stay as they are."""
+    before = layer.splits("")
+    new = split_layer(layer.undo(), [*before, *splits])
+    with torch.no_grad():
+        for split in before:
+            rows = new.part_rows(split.channel)
+            for name, parameter in layer.expand.named_parameters():
+                new.expand.get_parameter(name)[rows] = parameter[layer.part_rows(split.channel)]
+        new.original_weight[: len(before)] = layer.original_weight
+        if new.original_bias is not None and layer.original_bias is not None:
+            new.original_bias[: len(before)] = layer.original_bias
+    return new
 
 
 def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -148,11 +183,9 @@ def split_checked(model: nn.Module, plan: SplitPlan, inputs: Mapping[str, Tensor
 
 def _random_inputs(layer: LinearLayer) -> Tensor:
     """Four inputs of a layer, wide enough for its kernel, without drawing from the global random numbers."""
-    sizes = (
-        []
-        if isinstance(layer, nn.Linear)
-        else [1 + d * k for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    )
+    sizes: list[int] = []
+    if not isinstance(layer, nn.Linear):
+        sizes = [1 + d * k for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     return torch.randn(4, input_count(layer), *sizes, generator=torch.Generator().manual_seed(0))
 
 

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -284,10 +285,33 @@ def test_a_plan_that_does_not_fit_changes_nothing(plan, message):
     assert [type(module) for module in net] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
-def test_splitting_twice_is_refused_in_words():
+def test_splitting_a_channel_twice_is_refused_in_words():
     net = disentangle(nn.Sequential(nn.Linear(6, 9)), SplitPlan(some_splits(name="0")))
-    with pytest.raises(ValueError, match=r"Layer `0` is split already. Put the layer that its `undo\(\)` returns"):
+    with pytest.raises(ValueError, match=r"Channels \[2, 7\] of layer `0` are split already. Leave them out"):
         disentangle(net, SplitPlan(some_splits(name="0")))
+    with pytest.raises(ValueError, match="Layer `0.expand` is part of the split layer `0`. Split further channels of"):
+        disentangle(net, SplitPlan(some_splits(name="0.expand")))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[3], LAYERS[7]], ids=str)
+def test_further_channels_can_be_split(layer, trained):
+    first, second = some_splits(soft=True, name="0")
+    further = replace(first, channel=5)
+    net = disentangle(nn.Sequential(copy.deepcopy(layer)).double(), SplitPlan([first, second]))
+    if trained:
+        with torch.no_grad():
+            net[0].expand.weight.mul_(1 + 0.1 * torch.rand_like(net[0].expand.weight))
+    x = inputs_for(layer, dtype=torch.float64)
+    again = disentangle(net, SplitPlan([further]))
+    torch.testing.assert_close(again(x), net(x), rtol=1e-9, atol=1e-9)
+    assert [split.channel for split in again[0].splits("0")] == [7, 2, 5]
+    for split in (first, second):
+        old, new = (part[0].expand.weight[part[0].part_rows(split.channel)] for part in (net, again))
+        assert torch.equal(old, new)
+    torch.testing.assert_close(again[0].undo()(x), net(x), rtol=1e-9, atol=1e-9)
+    if not trained:
+        assert torch.equal(again[0].undo().weight, layer.weight.double())
 
 
 def test_the_check_passes_and_reports_the_runs_own_precision():
