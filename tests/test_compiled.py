@@ -1,0 +1,237 @@
+"""Compiled networks are analysed by an uncompiled rehearsal; compiled code, its graphs and results stay as they are."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_polydis import disentangle, evaluate_splits, find_polysemantic_channels
+from lightning_polydis.rehearsal import is_compiled, rehearsal
+from tests.networks import BottleneckNet, Classifier, conv_relu_net, loader, make_batches, train_briefly
+from tests.test_callback import SETTINGS, HeadOfBackbone, as_loader, callback_for, make_trainer, n_hooks
+
+GRAPHS = []
+
+
+def counting(graph, example_inputs):
+    """A compiler that compiles nothing and notes each graph of the network (there are others in Lightning's `log`)."""
+    if any(node.target is torch.conv2d for node in graph.graph.nodes):
+        GRAPHS.append(graph)
+    return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    GRAPHS.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return train_briefly(conv_relu_net())
+
+
+def whole(module):
+    return torch.compile(module, backend=counting)
+
+
+def child(module):
+    module.net = torch.compile(module.net, backend=counting)
+    return module
+
+
+def in_place(module):
+    module.net.compile(backend=counting)
+    return module
+
+
+class CompiledForward(Classifier):
+    def __init__(self, net):
+        super().__init__(net)
+        self.forward = torch.compile(self.forward, backend=counting)
+
+
+WAYS = [whole, child, in_place, lambda module: CompiledForward(module.net)]
+IDS = ["whole", "child", "in place", "forward"]
+
+
+def validated(module, tmp_path, *callbacks, data=None):
+    torch._dynamo.reset()
+    GRAPHS.clear()
+    torch.manual_seed(3)
+    (metrics,) = make_trainer(tmp_path, *callbacks).validate(module, data or loader(), verbose=False)
+    return {name: value for name, value in metrics.items() if "polydis" not in name}, len(GRAPHS)
+
+
+@pytest.mark.parametrize("layers", ["net.2", None])
+@pytest.mark.parametrize("way", WAYS, ids=IDS)
+def test_a_compiled_network_gives_the_same_results_and_graphs_and_is_analysed(way, layers, net, tmp_path):
+    without = validated(way(Classifier(copy.deepcopy(net))), tmp_path)
+    module = way(Classifier(copy.deepcopy(net)))
+    name = layers if layers is None or way is not child else "net._orig_mod.2"
+    callback = callback_for(name)
+    assert validated(module, tmp_path, callback) == without
+    assert without[1] > 0
+    expected = find_polysemantic_channels(Classifier(net), make_batches(), layers, progress=False, **SETTINGS)
+    found, wanted = (
+        [(p.channel, p.class_a, p.class_b, p.cosine_similarity) for p in r.pairs] for r in (callback.report, expected)
+    )
+    assert found == wanted
+    assert len(found) > 0
+    assert n_hooks(module) == 0
+
+
+@pytest.mark.parametrize("way", WAYS, ids=IDS)
+def test_training_a_compiled_network_ends_with_the_same_weights_and_graphs(way, net, tmp_path):
+    results = []
+    for callbacks in ([], [callback_for("net._orig_mod.2" if way is child else "net.2")]):
+        torch._dynamo.reset()
+        GRAPHS.clear()
+        module = way(Classifier(copy.deepcopy(net)))
+        make_trainer(tmp_path, *callbacks, max_epochs=2).fit(module, loader(), loader())
+        results.append(([parameter.detach().clone() for parameter in module.parameters()], len(GRAPHS)))
+    (without, n_without), (with_callback, n_with) = results
+    assert all(map(torch.equal, without, with_callback))
+    assert n_without == n_with > 0
+    assert callbacks[0].report is not None
+
+
+def test_a_split_compiled_network_computes_the_same(net, tmp_path):
+    module = in_place(Classifier(copy.deepcopy(net)))
+    callback = callback_for(split=True)
+    make_trainer(tmp_path, callback).fit(module, loader(), loader())
+    x = make_batches()[0][0]
+    restored = copy.deepcopy(module.net)
+    restored[2] = restored[2].undo()
+    torch.testing.assert_close(module(x), restored(x), rtol=1e-4, atol=1e-5)
+    assert len(callback.plan) > 0
+    evaluated = callback_for()
+    make_trainer(tmp_path, evaluated).validate(module, loader(), verbose=False)
+    assert evaluated.plan == callback.plan
+
+
+class Busy(Classifier):
+    """Does before and after the logits what must not happen twice."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.accuracy = MulticlassAccuracy(4)
+        self.outputs = []
+
+    def validation_step(self, batch, batch_idx):
+        images, targets = batch
+        self.log("batch", float(batch_idx))
+        images.mul_(0.5)
+        images = images + 0.01 * torch.randn_like(images)
+        logits = self(images)
+        self.accuracy(logits, targets)
+        self.outputs.append(logits)
+        self.log("val_acc", self.accuracy)
+        self.log("val_loss", F.cross_entropy(logits, targets))
+
+
+def test_nothing_happens_twice(net, tmp_path):
+    results = []
+    for callbacks in ([], [callback_for()]):
+        module = Busy(copy.deepcopy(net))
+        module.net.compile(backend=counting)
+        results.append((validated(module, tmp_path, *callbacks, data=as_loader(make_batches())), len(module.outputs)))
+    assert results[0] == results[1]
+    assert results[0][1] == 3
+    assert callbacks[0].report.n_images == 48
+    assert "log" not in module.__dict__
+
+
+def test_a_head_behind_a_compiled_backbone_has_to_be_named(tmp_path):
+    module = HeadOfBackbone()
+    module.backbone.compile(backend=counting)
+    with pytest.raises(
+        MisconfigurationException, match=r"`head` may run after the output that was taken .*logits_module=\"head\""
+    ):
+        validated(module, tmp_path, callback_for("backbone.2"))
+    assert n_hooks(module) == 0
+    assert "log" not in module.__dict__
+    named = callback_for("backbone.2", logits_module="head")
+    validated(module, tmp_path, named)
+    plain = callback_for("backbone.2", logits_module="head")
+    uncompiled = HeadOfBackbone()
+    uncompiled.load_state_dict(module.state_dict())
+    validated(uncompiled, tmp_path, plain)
+    assert named.report.layers == plain.report.layers
+    assert plain.report.n_images == 48
+
+
+class Failing(Classifier):
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+        if batch_idx == 1:
+            raise RuntimeError("the user's own")
+        super().validation_step(batch, batch_idx)
+
+
+class FailingEarly(Failing):
+    def validation_step(self, batch, batch_idx):
+        if batch_idx == 1:
+            raise RuntimeError("the user's own")
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind", [Failing, FailingEarly])
+@pytest.mark.filterwarnings("ignore:The analysis of this epoch failed")
+def test_an_error_of_the_step_reaches_the_user(kind, net, tmp_path):
+    module = in_place(kind(copy.deepcopy(net)))
+    with pytest.raises(RuntimeError, match="the user's own"):
+        validated(module, tmp_path, callback_for())
+    assert n_hooks(module) == 0
+    assert torch.is_grad_enabled()
+    assert "log" not in module.__dict__
+
+
+def test_functions_on_a_compiled_network_run_its_own_code(net):
+    compiled = torch.compile(copy.deepcopy(net), backend=counting)
+    report = find_polysemantic_channels(compiled, make_batches(), "_orig_mod.2", progress=False, **SETTINGS)
+    expected = find_polysemantic_channels(net, make_batches(), "2", progress=False, **SETTINGS)
+    assert [pair.cosine_similarity for pair in report.pairs] == [pair.cosine_similarity for pair in expected.pairs]
+    split = disentangle(compiled, report.plan)
+    assert evaluate_splits(split, report.plan, make_batches(), progress=False)[0].concepts
+    assert GRAPHS == []
+    x = make_batches()[0][0]
+    torch.testing.assert_close(split(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_and_random_numbers_are_as_they_were_after_a_rehearsal():
+    module = Classifier(BottleneckNet())
+    state = copy.deepcopy(module.state_dict())
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    with rehearsal(module):
+        module.train()(torch.randn(4, 3, 9, 9))
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+def test_what_is_switched_off_is_not_compiled():
+    net = nn.Sequential(nn.Linear(2, 2))
+    net[0].forward = torch.compiler.disable(net[0].forward)
+    assert not is_compiled(net)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_inductor_with_reduced_overhead_is_served(tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(243, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)]
+    net = train_briefly(nn.Sequential(*layers))
+    module = Classifier(copy.deepcopy(net))
+    module.net.compile(mode="reduce-overhead")
+    callback = callback_for("net.3")
+    validated(module, tmp_path, callback)
+    expected = find_polysemantic_channels(net, make_batches(), "3", progress=False, **SETTINGS)
+    assert [pair.cosine_similarity for pair in callback.report.pairs] == [p.cosine_similarity for p in expected.pairs]
