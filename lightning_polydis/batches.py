@@ -50,15 +50,15 @@ def _own_targets(batch: Any, target_fn: Callable[[Any], Any]) -> Any:
 
 
 def _default_targets(batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        for key in TARGET_KEYS:
-            if key in batch:
-                return batch[key]
-    elif isinstance(batch, Sequence) and len(batch) >= 2 and not isinstance(batch, str):
+    if isinstance(batch, Sequence) and len(batch) >= 2 and not isinstance(batch, str):
         return batch[1]
+    named = batch if isinstance(batch, Mapping) else getattr(batch, "__dict__", {})  # dataclasses and the like
+    for key in TARGET_KEYS:
+        if key in named:
+            return named[key]
     found = f"the keys {list(batch)}" if isinstance(batch, Mapping) else f"`{type(batch).__name__}`"
     raise InputError(
-        "Expected a batch to be (inputs, targets, ...) or a dictionary with one of the keys "
+        "Expected a batch to be (inputs, targets, ...), or a dictionary or dataclass with one of the entries "
         f"{', '.join(TARGET_KEYS)}, but got {found}. Pass `target_fn`, which takes a batch and returns class indices."
     )
 
