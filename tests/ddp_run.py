@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -13,19 +14,17 @@ from lightning_polydis import ChannelDisentanglement, SplitConv2d, SplitPlan, di
 from tests.networks import Classifier, conv_relu_net, loader, make_images, train_briefly
 
 
-def make_trainer(folder: Path, callback: ChannelDisentanglement, **kwargs: bool) -> pl.Trainer:
+def make_trainer(folder: Path, callback: ChannelDisentanglement, **kwargs: Any) -> pl.Trainer:
     return pl.Trainer(
+        **{"strategy": "ddp", "max_epochs": 1, **kwargs},
         accelerator="cpu",
-        strategy="ddp",
         devices=2,
-        max_epochs=1,
         callbacks=[callback],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        **kwargs,
     )
 
 

@@ -1,19 +1,13 @@
-"""Layers of real architectures, small, in every precision and way of collecting, against a slow reference in float64."""
+"""Layers of real architectures in every precision and way of collecting, against a slow reference in float64."""
 
 import copy
 from functools import cache
-from typing import NamedTuple
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision import models
-from torchvision.models.convnext import CNBlockConfig
-from torchvision.models.efficientnet import MBConvConfig
-from torchvision.models.mobilenetv3 import InvertedResidualConfig
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from lightning_polydis import (
     ChannelDisentanglement,
@@ -27,145 +21,14 @@ from lightning_polydis.collection import RelevanceCollector
 from lightning_polydis.layers import flat_weight, source_relevances, sources_of, window_sums
 from lightning_polydis.statistics import ChannelStatistics
 from lightning_polydis.vectors import RelevanceVectors
+from tests.architectures import NETWORKS, enliven
 from tests.networks import Classifier
+from tests.reference_layers import Expected, error, own_relevance, slow
 
 TARGETS = torch.tensor([0, 3, 1, 3, 1, 0])
 SETTINGS = {"relevance_threshold": 0.02, "class_fraction": 0.5, "similarity_threshold": 0.9, "calibration_samples": 0}
-
-
-def resnet(block, **kwargs):
-    """Its first two stages, with one block each."""
-    net = models.ResNet(block, [1, 1, 1, 1], **kwargs)
-    net.layer3, net.layer4, net.fc = nn.Identity(), nn.Identity(), nn.Linear(128 * block.expansion, 5)
-    return net
-
-
-def vgg11():
-    """An eighth as wide; without the hundred million weights that `VGG` would draw for its classifier."""
-    with torch.device("meta"):
-        net = models.VGG(nn.Identity(), init_weights=False)
-    net.features = models.vgg.make_layers([w if w == "M" else w // 8 for w in models.vgg.cfgs["A"]])
-    net.avgpool = nn.AdaptiveAvgPool2d(1)
-    net.classifier = nn.Sequential(
-        nn.Linear(64, 32), nn.ReLU(True), nn.Dropout(), nn.Linear(32, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 5)
-    )
-    return net
-
-
-def mobilenet():
-    blocks = [(16, 3, 16, 16, True, "RE", 2, 1, 1), (16, 3, 48, 24, False, "RE", 1, 1, 1)]
-    blocks.append((24, 5, 64, 24, True, "HS", 1, 1, 1))
-    return models.MobileNetV3([InvertedResidualConfig(*block) for block in blocks], last_channel=32, num_classes=5)
-
-
-def efficientnet():
-    blocks = [MBConvConfig(1, 3, 1, 16, 16, 1), MBConvConfig(6, 3, 2, 16, 24, 2)]
-    return models.EfficientNet(blocks, dropout=0.2, num_classes=5, last_channel=64)
-
-
-def conv1d_net():
-    return nn.Sequential(
-        *(nn.Conv1d(3, 16, 5, stride=2, padding=2), nn.BatchNorm1d(16), nn.ReLU(inplace=True)),
-        *(nn.Conv1d(16, 18, 4, padding="same", groups=2, padding_mode="circular"), nn.SiLU(inplace=True)),
-        *(nn.Conv1d(18, 12, 3, dilation=2), nn.ReLU6(inplace=True)),
-        *(nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(24, 5)),
-    )
-
-
-def conv3d_net():
-    return nn.Sequential(
-        *(nn.Conv3d(3, 16, 3, padding=1), nn.BatchNorm3d(16), nn.Hardswish(inplace=True)),
-        *(nn.Conv3d(16, 12, (1, 3, 2), stride=(1, 2, 1), groups=2, bias=False), nn.ReLU(inplace=True)),
-        *(nn.Conv3d(12, 10, 2, padding="same"), nn.LeakyReLU(inplace=True)),
-        *(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(10, 5)),
-    )
-
-
-def linear_net():
-    """Positions are the two dimensions between batch and features."""
-    body = [nn.Linear(6, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 12), nn.ReLU(inplace=True), nn.Linear(12, 4)]
-    return nn.Sequential(*body, nn.Tanh(), nn.Flatten(), nn.Linear(3 * 5 * 4, 5))
-
-
-class Network(NamedTuple):
-    make: object
-    layers: list[str]
-    chosen: str  # by ``layers=None``
-    depthwise: str | None = None
-    shape: tuple[int, ...] = (3, 32, 32)
-
-
-NETWORKS = {
-    "resnet": Network(lambda: resnet(BasicBlock), ["layer1.0.conv1", "layer2.0.conv2"], "layer2.0.downsample.0"),
-    "bottleneck": Network(
-        lambda: resnet(Bottleneck, width_per_group=16), ["layer2.0.conv3"], "layer2.0.downsample.0"
-    ),
-    "resnext": Network(
-        lambda: resnet(Bottleneck, groups=4, width_per_group=4),
-        ["layer1.0.conv2", "layer2.0.conv2"],
-        "layer2.0.downsample.0",
-    ),
-    "mobilenet": Network(
-        mobilenet, ["features.3.block.3.0", "features.3.block.2.fc1"], "classifier.0", "features.2.block.1.0"
-    ),
-    "efficientnet": Network(
-        efficientnet,
-        ["features.2.0.block.0.0", "features.2.1.block.2.fc1"],
-        "features.3.0",
-        "features.2.0.block.1.0",
-    ),
-    "densenet": Network(
-        lambda: models.DenseNet(8, (2, 2), 16, num_classes=5),
-        ["features.denseblock1.denselayer2.conv2", "features.transition1.conv"],
-        "features.denseblock2.denselayer2.conv2",
-    ),
-    "checkpointed": Network(
-        lambda: models.DenseNet(8, (2, 2), 16, num_classes=5, memory_efficient=True),
-        ["features.denseblock1.denselayer2.conv1"],
-        "features.denseblock2.denselayer2.conv2",
-    ),
-    "vgg": Network(vgg11, ["features.6", "classifier.0"], "classifier.3"),
-    "convnext": Network(
-        lambda: models.ConvNeXt([CNBlockConfig(16, 32, 2), CNBlockConfig(32, None, 1)], num_classes=5),
-        ["features.1.0.block.3", "features.1.1.block.5"],
-        "features.3.0.block.5",
-        "features.1.0.block.0",
-    ),
-    "vit": Network(
-        lambda: models.VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=5),
-        ["encoder.layers.encoder_layer_0.mlp.3", "encoder.layers.encoder_layer_1.mlp.0"],
-        "encoder.layers.encoder_layer_1.mlp.3",
-    ),
-    "swin": Network(
-        lambda: models.SwinTransformer([4, 4], 16, [2, 2], [2, 2], [2, 2], num_classes=5),
-        ["features.1.1.mlp.3", "features.3.0.mlp.0"],
-        "features.3.1.mlp.3",
-    ),
-    "squeezenet": Network(
-        lambda: models.SqueezeNet("1_1", num_classes=5), ["features.4.squeeze", "features.4.expand3x3"], "features.12.expand3x3"
-    ),
-    "conv1d": Network(conv1d_net, ["3", "5"], "5", shape=(3, 24)),
-    "conv3d": Network(conv3d_net, ["3", "5"], "5", shape=(3, 6, 5, 4)),
-    "linear": Network(linear_net, ["3", "5"], "5", shape=(3, 5, 6)),
-}
 CASES = [(name, layer) for name, network in NETWORKS.items() for layer in network.layers]
 ONE_LAYER_EACH = [(name, network.layers[-1]) for name, network in NETWORKS.items()]
-
-
-def enliven(net: nn.Module) -> nn.Module:
-    """Weights that let something through, norms that have seen data."""
-    for module in net.modules():
-        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm):
-            nn.init.normal_(module.weight, mean=1, std=0.3)
-            nn.init.normal_(module.bias, std=0.3)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-        if isinstance(module, models.convnext.CNBlock):
-            nn.init.normal_(module.layer_scale, std=0.5)
-    return net.eval()
 
 
 @cache
@@ -176,57 +39,11 @@ def plain(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Ten
     return net.to(dtype), torch.randn(len(TARGETS), *NETWORKS[name].shape).to(dtype)
 
 
-class Expected(NamedTuple):
-    relevance: Tensor  # [B, C]
-    vectors: Tensor  # [B, C, I]
-    inputs: list[Tensor]
-    layer: nn.Module
-
-
 @cache
 def expected(name: str, layer: str, dtype: torch.dtype = torch.float32) -> Expected:
     """Image by image in float64, from the weights as they are in ``dtype``."""
     net, images = plain(name, dtype)
-    return slow(net, layer, images)
-
-
-def slow(net: nn.Module, layer: str, images: Tensor) -> Expected:
-    net = copy.deepcopy(net).double()
-    for module in net.modules():
-        if hasattr(module, "inplace"):
-            module.inplace = False
-    module, seen = net.get_submodule(layer), []
-    module.register_forward_hook(lambda _, args, output: seen.append((args[0].detach().clone(), output)))
-    relevances, vectors, inputs = [], [], []
-    for image, target in zip(images.double(), TARGETS, strict=True):
-        seen.clear()
-        logit = net(image[None])[0, target]
-        x, z = seen[0]
-        slope, weight_slope = torch.autograd.grad(logit, [z, module.weight])
-        relevances.append(by_channel(module, (z * slope).detach()).sum(1))
-        product = (module.weight * weight_slope).detach()
-        vectors.append(product.reshape(*product.shape[:2], -1).sum(2))
-        inputs.append(x)
-    return Expected(torch.stack(relevances), torch.stack(vectors), inputs, module)
-
-
-def by_channel(layer: nn.Module, values: Tensor) -> Tensor:
-    """One image's values, ``[channels, positions]``."""
-    return values[0].movedim(-1, 0).flatten(1) if isinstance(layer, nn.Linear) else values[0].flatten(1)
-
-
-def own_relevance(layer: nn.Module, x: Tensor, channel: int) -> Tensor:
-    """Input x gradient of the sum of one channel's own output, for the inputs that it reads: [I]."""
-    x = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(layer(x).select(-1 if isinstance(layer, nn.Linear) else 1, channel).sum(), x)
-    found = by_channel(layer, (x * gradient).detach()).sum(1)
-    groups = getattr(layer, "groups", 1)
-    return found.chunk(groups)[channel * groups // len(layer.weight)]
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    assert float(wanted.norm()) > 0
-    return float((found.double() - wanted).norm() / wanted.norm())
+    return slow(net, layer, images, TARGETS)
 
 
 def collect(net, layer, images, autocast=None):
@@ -242,7 +59,7 @@ PRECISIONS = {  # of the weights, of autocast, and how far from float64 it may l
     "float32": (torch.float32, None, 1e-4),
     "bfloat16": (torch.bfloat16, None, 5e-2),
     "autocast-bfloat16": (torch.float32, torch.bfloat16, 5e-2),
-    "autocast-float16": (torch.float32, torch.float16, 1e-2),
+    "autocast-float16": (torch.float32, torch.float16, 2e-2),
 }
 
 
@@ -254,7 +71,9 @@ def test_what_is_collected_equals_the_reference(name, layer, precision):
     module, wanted = net.get_submodule(layer), expected(name, layer, dtype)
     record = collect(net, layer, images, autocast)
     n_channels = record.relevance.shape[1]
-    image, channel = (part.flatten() for part in torch.meshgrid(torch.arange(6), torch.arange(n_channels), indexing="ij"))
+    image, channel = (
+        part.flatten() for part in torch.meshgrid(torch.arange(6), torch.arange(n_channels), indexing="ij")
+    )
     vectors = source_relevances(module, record.seen, record.gradient, image, channel).unflatten(0, (6, n_channels))
     sums = window_sums(module, record.seen)
     assert min(part.dtype.itemsize for part in (record.relevance, record.gradient, vectors, sums)) >= 4
@@ -264,3 +83,214 @@ def test_what_is_collected_equals_the_reference(name, layer, precision):
         found = (flat_weight(module)[channel].to(sums.dtype) * sums[:, sources_of(module, channel)]).sum(-1)
         own = torch.stack([own_relevance(wanted.layer, x, channel) for x in wanted.inputs])
         assert error(found, own) < tolerance
+
+
+def compiled_as_a_whole(net):
+    return torch.compile(net, backend="eager"), "_orig_mod."
+
+
+def compiled_in_place(net):
+    net.compile(backend="eager")
+    return net, ""
+
+
+def left_alone(net):
+    return net, ""
+
+
+@pytest.fixture
+def floats(monkeypatch):
+    """Precisions of everything that is summed up over batches."""
+    found = set()
+    for metric in (ChannelStatistics, RelevanceVectors):
+
+        def watched(self, compute=metric.compute):
+            states = [
+                value
+                for state in self.metric_state.values()
+                for value in (state if isinstance(state, list) else [state])
+            ]
+            found.update(state.dtype for state in states if state.is_floating_point())
+            return compute(self)
+
+        monkeypatch.setattr(metric, "compute", watched)
+    yield found
+    torch._dynamo.reset()
+
+
+def by_callback(name, layer, way, precision, tmp_path):
+    """What the callback finds in a validation epoch of two batches."""
+    net, images = plain(name)
+    net, prefix = way(copy.deepcopy(net))
+    callback = ChannelDisentanglement(f"net.{prefix}{layer}", strict=True, **SETTINGS)
+    trainer = pl.Trainer(
+        callbacks=[callback],
+        precision=precision,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.validate(Classifier(net), DataLoader(TensorDataset(images, TARGETS), 3), verbose=False)
+    return callback.report, callback.report._evidence[f"net.{prefix}{layer}"]
+
+
+def by_function(name, layer, dtype=torch.float32, autocast=None):
+    net, images = plain(name, dtype)
+    batches = list(zip(images.split(3), TARGETS.split(3), strict=True))
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        report = find_polysemantic_channels(net, batches, layer, progress=False, **SETTINGS)
+    return report, report._evidence[layer]
+
+
+def class_means(evidence, channels=None):
+    """Vectors of every class that has images, ``[C, classes, I]``."""
+    labels = TARGETS.unique().tolist()
+    n_channels = evidence.statistics.counts.shape[2]
+    return torch.stack([evidence.vectors.means(channel, labels) for channel in channels or range(n_channels)])
+
+
+def expected_means(name, layer, dtype=torch.float32):
+    wanted = expected(name, layer, dtype).vectors
+    return torch.stack([wanted[label == TARGETS].mean(0) for label in TARGETS.unique()], dim=1)
+
+
+def expected_counts(name, layer):
+    """How many images of each class each channel is relevant for: surely, and at most."""
+    relevance = expected(name, layer).relevance
+    share = relevance / relevance.clamp(min=0).sum(1, keepdim=True)
+    of_class = (torch.arange(5)[:, None] == TARGETS).double()
+    return [of_class @ (share > SETTINGS["relevance_threshold"] + slack).double() for slack in (1e-4, -1e-4)]
+
+
+@pytest.mark.parametrize("way", [left_alone, compiled_as_a_whole, compiled_in_place])
+@pytest.mark.parametrize(("name", "layer"), ONE_LAYER_EACH)
+def test_the_callback_finds_what_the_reference_finds(name, layer, way, floats, tmp_path):
+    report, found = by_callback(name, layer, way, "32-true", tmp_path)
+    other_report, other = by_function(name, layer)
+    low, high = expected_counts(name, layer)
+    assert ((low <= found.statistics.counts[0]) & (found.statistics.counts[0] <= high)).all()
+    assert 0 < low.sum() < high.numel()
+    assert torch.equal(found.statistics.counts, other.statistics.counts)
+    assert found.statistics.n_images.tolist() == [2, 2, 0, 2, 0]
+    assert error(class_means(found), expected_means(name, layer)) < 1e-4
+    assert error(class_means(found), class_means(other)) < 1e-5
+    assert [(p.channel, p.class_a, p.class_b) for p in report.pairs] == [
+        (p.channel, p.class_a, p.class_b) for p in other_report.pairs
+    ]
+    assert floats <= {torch.float32, torch.float64}
+
+
+LIGHTNINGS_PRECISIONS = {
+    "64-true": (torch.float64, None, 1e-6),
+    "bf16-true": (torch.bfloat16, None, 5e-2),
+    "bf16-mixed": (torch.float32, torch.bfloat16, 5e-2),
+}
+
+
+@pytest.mark.parametrize("way", [left_alone, compiled_in_place])
+@pytest.mark.parametrize("precision", LIGHTNINGS_PRECISIONS)
+@pytest.mark.parametrize("name", ["bottleneck", "mobilenet", "convnext", "vit", "conv1d"])
+def test_the_callback_in_lightnings_precisions(name, precision, way, floats, tmp_path):
+    dtype, autocast, tolerance = LIGHTNINGS_PRECISIONS[precision]
+    layer = NETWORKS[name].layers[-1]
+    _, found = by_callback(name, layer, way, precision, tmp_path)
+    _, other = by_function(name, layer, dtype, autocast)
+    assert torch.equal(found.statistics.counts, other.statistics.counts)
+    assert torch.equal(found.statistics.directions, other.statistics.directions)
+    assert error(class_means(found), expected_means(name, layer, dtype)) < tolerance
+    assert floats <= {torch.float32, torch.float64}
+
+
+class Rescaled(nn.Module):
+    """Logits in single precision, scaled, behind layers in half precision."""
+
+    def __init__(self, scale):
+        super().__init__()
+        net, _ = plain("conv3d")
+        self.net, self.scale = copy.deepcopy(net), scale
+
+    def forward(self, x):
+        return self.net(x).float() * self.scale
+
+
+@pytest.fixture
+def scales(monkeypatch):
+    """How often a backward pass was made."""
+    made, backward = [], RelevanceCollector._backward
+    monkeypatch.setattr(RelevanceCollector, "_backward", staticmethod(lambda *args: made.append(1) or backward(*args)))
+    return made
+
+
+@pytest.mark.parametrize(("scale", "n_passes"), [(1e-6, 1), (1.0, 1), (30.0, 2), (1e3, 3), (3e4, 4)])
+def test_gradients_in_float16_neither_vanish_nor_overflow(scale, n_passes, scales):
+    net, images = Rescaled(scale), plain("conv3d")[1]
+    found = collect(net, "net.5", images, torch.float16)
+    assert error(found.relevance, expected("conv3d", "5").relevance * scale) < 1e-2
+    assert len(scales) == n_passes
+
+
+def test_without_scaling_they_would_vanish(monkeypatch):
+    monkeypatch.setattr(collection, "HALF_SCALES", (1.0,))
+    found = collect(Rescaled(1e-7), "net.5", plain("conv3d")[1], torch.float16)
+    assert error(found.relevance, expected("conv3d", "5").relevance * 1e-7) > 0.1
+
+
+@pytest.mark.parametrize(("autocast", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 2e-2)])
+def test_vectors_are_right_under_the_callers_autocast(autocast, tolerance):
+    net, images = Rescaled(1e-6), plain("conv3d")[1]
+    with torch.autocast("cpu", autocast):
+        report = find_polysemantic_channels(net, [(images, TARGETS)], "net.5", progress=False, **SETTINGS)
+    found = class_means(report._evidence["net.5"])
+    assert error(found, expected_means("conv3d", "5") * 1e-6) < tolerance
+
+
+class SinglePrecision(Rescaled):
+    """Does without the autocast that it is run under."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+def test_the_backward_pass_has_the_precision_of_the_forward_pass(autocast):
+    found = collect(SinglePrecision(1e-9), "net.5", plain("conv3d")[1], autocast)
+    assert error(found.relevance, expected("conv3d", "5").relevance * 1e-9) < 1e-4
+
+
+@pytest.mark.parametrize(("name", "layer"), CASES)
+def test_splits_preserve_the_network_and_come_undone(name, layer):
+    net, images = plain(name, torch.float64)
+    module = net.get_submodule(layer)
+    generator = torch.Generator().manual_seed(0)
+    shares = [torch.rand(n_concepts, module.weight.shape[1], generator=generator) for n_concepts in (2, 3)]
+    concepts = [[[0], [3]], [[0], [1, 4], [2]]]
+    channels = (len(module.weight) - 1, 1)
+    splits = [ChannelSplit(layer, *parts) for parts in zip(channels, concepts, shares, strict=True)]
+    split = disentangle(net, SplitPlan(splits))
+    before, after = net(images), split(images)
+    assert not torch.equal(split.get_submodule(layer).expand.weight[: len(module.weight)], module.weight)
+    torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-10 * float(before.abs().max()))
+    restored = split.get_submodule(layer).undo()
+    assert torch.equal(restored.weight, module.weight)
+    assert module.bias is None or torch.equal(restored.bias, module.bias)
+    outer, _, attribute = layer.rpartition(".")
+    setattr(split.get_submodule(outer), attribute, restored)
+    assert torch.equal(split(images), before)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_layer_chosen_by_default_is_the_last_before_the_head(name):
+    net, images = plain(name)
+    report = find_polysemantic_channels(net, [(images, TARGETS)], progress=False, **SETTINGS)
+    assert [layer.name for layer in report.layers] == [NETWORKS[name].chosen]
+
+
+@pytest.mark.parametrize("name", [name for name, network in NETWORKS.items() if network.depthwise])
+def test_depthwise_layers_are_refused(name):
+    net, images = plain(name)
+    with pytest.raises(ValueError, match="a depthwise `Conv2d`"):
+        find_polysemantic_channels(net, [(images, TARGETS)], NETWORKS[name].depthwise, progress=False)

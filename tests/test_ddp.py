@@ -15,10 +15,10 @@ from tests.networks import Classifier, conv_relu_net, make_batches, train_briefl
 ROOT = Path(__file__).parent.parent
 
 
-def run(folder, loop):
+def run(folder, loop, script="ddp_run.py"):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
-        [sys.executable, str(ROOT / "tests/ddp_run.py"), str(folder), loop],
+        [sys.executable, str(ROOT / "tests" / script), str(folder), loop],
         env=environment,
         capture_output=True,
         text=True,
@@ -127,3 +127,46 @@ def test_a_process_without_a_usable_batch_takes_part(tmp_path):
         assert (report.n_images, report.n_images_left_out) == (48, 48)
         found = [(pair.channel, pair.class_a, pair.class_b) for pair in report.pairs]
         assert found == [(pair.channel, pair.class_a, pair.class_b) for pair in expected.pairs]
+
+
+def test_failures_uneven_batches_compiled_networks_and_training_after_a_split(tmp_path):
+    """The script asserts that both processes drop what fails in one; here their results are compared."""
+    run(tmp_path, "all", "ddp_faults.py")
+    torch.manual_seed(0)
+    net = train_briefly(conv_relu_net())
+    settings = {"relevance_threshold": 0.05, "class_fraction": 0.5, "similarity_threshold": 0.9, "progress": False}
+    for name, batches in (("uneven", make_batches(n=40)), ("compiled", make_batches())):
+        expected = find_polysemantic_channels(net, batches, "2", **settings)
+        assert len(expected.pairs) > 2
+        for rank in (0, 1):
+            report = PolysemanticityReport.load(tmp_path / f"{name}_{rank}.json")
+            assert report.n_images == expected.n_images
+            found, alone = (
+                {(pair.channel, pair.class_a, pair.class_b): pair.cosine_similarity for pair in each.pairs}
+                for each in (report, expected)
+            )
+            assert found == pytest.approx(alone, abs=1e-6)
+    weights = [torch.load(tmp_path / f"trained_{rank}.pt") for rank in (0, 1)]
+    assert "net.2.expand.weight" in weights[0]
+    for name, value in weights[0].items():
+        assert torch.equal(value.nan_to_num(-1), weights[1][name].nan_to_num(-1)), name
+
+
+def test_spawned_processes_leave_their_results_in_files(tmp_path):
+    run(tmp_path, "spawned", "ddp_faults.py")
+    report = PolysemanticityReport.load(tmp_path / "spawned" / "report.json")
+    assert report.n_images == 48
+    plan = SplitPlan.load(tmp_path / "spawned" / "split_plan.json")
+    assert len(plan) == len(report.channels) > 0
+    module = Classifier()
+    module.load_state_dict(torch.load(tmp_path / "spawned.pt"))
+    again = find_polysemantic_channels(
+        module,
+        make_batches(),
+        "net.2",
+        relevance_threshold=0.05,
+        class_fraction=0.5,
+        similarity_threshold=0.9,
+        progress=False,
+    )
+    assert [channel.channel for channel in again.channels] == [channel.channel for channel in report.channels]
