@@ -10,7 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.batches import check_module_name, collector_for, is_finite, targets_of
+from lightning_polydis.batches import check_module_name, collector_for, targets_of
 from lightning_polydis.collection import LayerRecord, RelevanceCollector
 from lightning_polydis.discovery import LayerDiscovery
 from lightning_polydis.layers import (
@@ -19,6 +19,7 @@ from lightning_polydis.layers import (
     channels_are_last,
     find_layer,
     inputs_per_channel,
+    is_finite,
     plain_copy,
     source_relevances,
     sum_over_positions,

@@ -89,8 +89,3 @@ def collector_for(
         num_classes=settings.num_classes,
         observe=observe,
     )
-
-
-def is_finite(values: Tensor) -> bool:
-    """Whether there is no NaN and no infinity."""
-    return bool(torch.isfinite(values).all())

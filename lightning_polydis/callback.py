@@ -166,10 +166,13 @@ class ChannelDisentanglement(Callback):
 
     @property
     def plan(self) -> SplitPlan | None:
-        """The plan that follows from the report, or that was applied; `None` before the first analysed epoch."""
-        if self._applied is not None:
+        """The plan that follows from the report, or that was applied; `None` before the first analysed epoch.
+
+        Of a report that comes from a checkpoint only if that holds it: checkpoints of the last validation do.
+        """
+        if self._applied is not None or self._report is None:
             return self._applied
-        return None if self._report is None else self._report.plan
+        return self._report.known_plan if self._report.is_restored else self._report.plan
 
     @property
     @override

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
 from lightning_polydis.forward import CallStack, PassDone, default_logits, detached, path_to
-from lightning_polydis.layers import at_least_single, channels_are_last, sum_over_positions
+from lightning_polydis.layers import at_least_single, channels_are_last, is_finite, sum_over_positions
 from lightning_polydis.logits import LogitsError, are_normalised, checked_logits
 
 if TYPE_CHECKING:
@@ -325,8 +325,11 @@ class RelevanceCollector:
         for scale in scales:
             shared = self._had_grad or len(self._recording) > 1 or scale != scales[-1]
             scaled = self._backward(score * scale, kept, shared)
-            gradients = [gradient if gradient is None else at_least_single(gradient) / scale for gradient in scaled]
-            if all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            gradients = [None if gradient is None else at_least_single(gradient) for gradient in scaled]
+            if scale == 1:
+                break
+            gradients = [None if gradient is None else gradient / scale for gradient in gradients]
+            if all(gradient is None or is_finite(gradient) for gradient in gradients):
                 break
         return gradients
 

@@ -153,6 +153,11 @@ def at_least_single(values: Tensor) -> Tensor:
     return values.float() if values.dtype.itemsize < 4 else values
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether there is no NaN and no infinity."""
+    return bool(torch.isfinite(values).all())
+
+
 def sum_over_positions(values: Tensor, *, channels_last: bool) -> Tensor:
     """Sum a layer's output-shaped tensor over its positions.
 

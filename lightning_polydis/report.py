@@ -130,6 +130,11 @@ class PolysemanticityReport:
         return self._planned(wanted) if self._has_samples() else None
 
     @property
+    def is_restored(self) -> bool:
+        """Whether the report comes from a file or a checkpoint, and knows no more than those hold."""
+        return self._evidence is None
+
+    @property
     def known_plan(self) -> SplitPlan | None:
         """The plan, if it was chosen already."""
         return self.__dict__.get("plan", self._saved_plan)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.batches import check_module_name, collector_for, is_finite, targets_of
+from lightning_polydis.batches import check_module_name, collector_for, targets_of
 from lightning_polydis.evaluation import SplitEvaluator, SplitQuality
-from lightning_polydis.layers import LinearLayer, channel_count, find_layer, inputs_per_channel
+from lightning_polydis.layers import LinearLayer, channel_count, find_layer, inputs_per_channel, is_finite
 from lightning_polydis.plan import ChannelSplit, SplitPlan, check_fits
 from lightning_polydis.splitting import SplitLayer
 from lightning_polydis.statistics import relevant_channels

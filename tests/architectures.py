@@ -20,14 +20,13 @@ def resnet(block, **kwargs):
 
 
 def vgg11():
-    """An eighth as wide; without the hundred million weights that `VGG` would draw for its classifier."""
+    """Its first stages, narrow; without the hundred million weights that `VGG` would draw for its classifier."""
     with torch.device("meta"):
         net = models.VGG(nn.Identity(), init_weights=False)
-    net.features = models.vgg.make_layers([w if w == "M" else w // 8 for w in models.vgg.cfgs["A"]])
-    net.avgpool = nn.AdaptiveAvgPool2d(1)
-    net.classifier = nn.Sequential(
-        nn.Linear(64, 32), nn.ReLU(True), nn.Dropout(), nn.Linear(32, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 5)
-    )
+    widths = [width if width == "M" else width // 4 for width in models.vgg.cfgs["A"][:7]]
+    hidden = [nn.Linear(64, 128), nn.ReLU(True), nn.Dropout(), nn.Linear(128, 64), nn.ReLU(True), nn.Dropout()]
+    net.features, net.avgpool = models.vgg.make_layers(widths), nn.AdaptiveAvgPool2d(1)
+    net.classifier = nn.Sequential(*hidden, nn.Linear(64, 5))
     return net
 
 
@@ -108,7 +107,7 @@ NETWORKS = {
         ["features.denseblock1.denselayer2.conv1"],
         "features.denseblock2.denselayer2.conv2",
     ),
-    "vgg": Network(vgg11, ["features.13", "classifier.3"], "classifier.3"),
+    "vgg": Network(vgg11, ["features.8", "classifier.0"], "classifier.3"),
     "convnext": Network(
         lambda: models.ConvNeXt([CNBlockConfig(16, 32, 2), CNBlockConfig(32, None, 1)], num_classes=5),
         ["features.1.0.block.3", "features.1.1.block.5"],
