@@ -77,7 +77,7 @@ class AnalysedEpoch:
         self._analysis: ChannelAnalysis | SplitAnalysis | None = None  # `None` once it has failed in this process
         with self._guarded():
             self._loader = chosen_loader(trainer, dataloader)
-            self._rehearsals = Rehearsals(trainer, module)
+            self._rehearsals = Rehearsals(trainer, module, settings.layer_names)
             if len(plan):
                 self._analysis = SplitAnalysis(module, plan, settings)
             else:

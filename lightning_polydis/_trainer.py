@@ -11,11 +11,11 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.rehearsal import copied, is_compiled, rehearsal
+from lightning_polydis.rehearsal import copied, is_compiled, loses_fast_path, rehearsal
 from lightning_polydis.splitting import SplitLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import lightning.pytorch as pl
     from torch.optim import Optimizer
@@ -115,14 +115,18 @@ def check_optimizer_states(optimizers: list[Optimizer], module: nn.Module) -> No
 
 
 class Rehearsals:
-    """Rehearses the steps of a compiled LightningModule; does nothing for others.
+    """Rehearses the steps of a LightningModule that has to be left alone while it runs.
 
     Args:
         trainer: In validation or test.
         module: The LightningModule.
+        layers: The layers to be analysed; `None`: not known yet.
+
+    Attributes:
+        needed: Whether the module is such a one.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, layers: Sequence[str] | None) -> None:
         testing = trainer.state.fn == TrainerFn.TESTING
         plugin = trainer.precision_plugin
         self._context = plugin.test_step_context if testing else plugin.val_step_context
@@ -130,12 +134,12 @@ class Rehearsals:
         self._module = module
         loaders = trainer.test_dataloaders if testing else trainer.val_dataloaders
         self._several = isinstance(loaders, list | tuple | dict) and len(loaders) > 1
-        self.needed = is_compiled(module, self._step)
+        self.needed = is_compiled(module, self._step) or loses_fast_path(module, layers)
 
     def rehearse(
         self, analysis: ChannelAnalysis | SplitAnalysis, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
-        """Let the analysis see an uncompiled step on a batch, before the real one."""
+        """Let the analysis see a step on a batch before the real one."""
         arguments = [copied(batch)]
         if is_param_in_hook_signature(self._step, "batch_idx", min_args=2):
             arguments.append(batch_idx)

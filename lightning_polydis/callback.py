@@ -36,8 +36,9 @@ class ChannelDisentanglement(Callback):
 
     Validation's own forward pass is the one that is measured: hooks turn gradients on behind the layer and off at the
     logits, and one backward pass between the two gives the relevances (gradient x input). Losses, metrics and the
-    network's state are what they would be without the callback (where torch takes another kernel once gradients are on,
-    as the fast path of attention does, up to rounding). At the end of the epoch the channels are reported:
+    network's state are what they would be without the callback. A network that this would change (a compiled one, or
+    attention with a fast path behind the layer) is left alone: before each step its code is run once more, uncompiled
+    and only up to the logits (see `rehearsal`). At the end of the epoch the channels are reported:
     scalars ``polydis/<layer>/n_polysemantic``, ``n_pairs``, ``n_candidates``, ``mean_cosine`` and ``min_cosine`` (to
     be monitored like any other), a table in TensorBoard, ``report.json``; when the run ends, ``split_plan.json`` and a
     table in the console. Works in ``fit``, ``validate`` and ``test``; the sanity check is skipped.
@@ -83,8 +84,7 @@ class ChannelDisentanglement(Callback):
         dataloader: Which of several validation loaders is analysed, by place or, where they come as a dictionary, by
             key; `None`: all of them.
 
-    A compiled network is not touched: before each step its uncompiled code is run once more, up to the logits (see
-    `rehearsal`). Report and plan are part of checkpoints.
+    Report and plan are part of checkpoints.
 
     Raises:
         MisconfigurationException: If an argument is out of range or does not go with the others; when validation

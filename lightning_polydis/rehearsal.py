@@ -1,8 +1,9 @@
-"""Analysis of compiled networks: the step is rehearsed, uncompiled, up to the logits.
+"""Analysis of networks that must not be looked into while they run: the step is rehearsed up to the logits.
 
-Hooks inside a compiled network are either ignored or break its graph. So the step is run once more before the real
-one, by the same code without compilation, on a copy of the batch, and is stopped as soon as the logits are there:
-nothing that follows them (losses, metrics, logging) happens twice, and the compiled graph is not touched.
+Hooks inside a compiled network are either ignored or break its graph, and attention computes by another kernel, which
+rounds differently, where there are hooks or gradients. So the step is run once more before the real one, by the same
+code without compilation, on a copy of the batch, and is stopped as soon as the logits are there: nothing that follows
+them (losses, metrics, logging) happens twice, and the real step is not touched.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from lightning_polydis.forward import PassDone, untouched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 LOGGING = ("log", "log_dict")
 
@@ -41,6 +42,31 @@ def is_compiled(model: nn.Module, *functions: Callable[..., Any]) -> bool:
         or _is_compiled_function(module.forward)
         for module in model.modules()
     )
+
+
+def loses_fast_path(model: nn.Module, layers: Sequence[str] | None) -> bool:
+    """Whether attention that takes a faster path without gradients contains a layer, or comes after the first one.
+
+    Args:
+        model: The network; its modules are taken to run in the order in which they are defined.
+        layers: Names of layers; `None`: not known yet.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2), nn.Linear(8, 8))
+        >>> loses_fast_path(net, ["0"]), loses_fast_path(net, ["2"])
+        (True, False)
+    """
+    names = [name for name, _ in model.named_modules()]
+    first = min((names.index(layer) for layer in layers or [] if layer in names), default=0)
+    attention = [(place, name) for place, (name, module) in enumerate(model.named_modules()) if _is_attention(module)]
+    return torch.backends.mha.get_fastpath_enabled() and any(
+        place > first or any(layer.startswith(f"{name}.") for layer in layers or []) for place, name in attention
+    )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerEncoder)
 
 
 def _is_compiled_function(function: Callable[..., Any]) -> bool:

@@ -1,5 +1,12 @@
+import os
+
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("ci", max_examples=15, deadline=None, derandomize=True)
+settings.register_profile("nightly", max_examples=500, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_polydis import disentangle, evaluate_splits, find_polysemantic_channels
-from lightning_polydis.rehearsal import is_compiled, rehearsal
+from lightning_polydis.rehearsal import is_compiled, loses_fast_path, rehearsal
 from tests.networks import BottleneckNet, Classifier, conv_relu_net, loader, make_batches, train_briefly
 from tests.test_callback import SETTINGS, HeadOfBackbone, as_loader, callback_for, make_trainer, n_hooks
 
@@ -204,6 +204,42 @@ def test_functions_on_a_compiled_network_run_its_own_code(net):
     assert GRAPHS == []
     x = make_batches()[0][0]
     torch.testing.assert_close(split(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+class Attentive(nn.Module):
+    """Attention before and after the convolution-like layers, in the form that has a faster path without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 3, stride=3)
+        self.first = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.mlp = nn.Linear(16, 16)
+        self.second = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.last = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, images):
+        tokens = self.first(self.patch(images).flatten(2).mT)
+        tokens = self.second(tokens + self.mlp(tokens).relu())
+        return self.head((tokens + self.last(tokens).relu()).mean(1))
+
+
+@pytest.mark.parametrize(
+    "layers", ["net.patch", "net.first.linear1", "net.mlp", "net.second.linear2", "net.last", None]
+)
+def test_attention_keeps_its_fast_path_and_its_results(layers, tmp_path):
+    torch.manual_seed(0)
+    net = train_briefly(Attentive(), steps=20)
+    without, module = Keeping(copy.deepcopy(net)), Keeping(copy.deepcopy(net))
+    callback = callback_for(layers, strict=True)
+    validated(without, tmp_path)
+    validated(module, tmp_path, callback)
+    assert len(module.kept) == 3
+    assert all(map(torch.equal, module.kept, without.kept))
+    expected = find_polysemantic_channels(module, make_batches(), layers, progress=False, **SETTINGS)
+    found, wanted = ([pair.cosine_similarity for pair in report.pairs] for report in (callback.report, expected))
+    assert found == pytest.approx(wanted, abs=1e-5)
+    assert loses_fast_path(module, None if layers is None else [layers]) == (layers != "net.last")
 
 
 def test_batch_norm_and_random_numbers_are_as_they_were_after_a_rehearsal():

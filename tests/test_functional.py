@@ -416,7 +416,7 @@ BAD_BATCHES = [
     ([], "at least one batch to analyse, but the data was empty"),
     ([IMAGES], r"but got `Tensor`. Pass `target_fn`"),
     ([{"image": IMAGES, "y": TARGETS}], r"each batch to be \(inputs, targets\), but got `dict`"),
-    ([{"image": IMAGES}], r"one of the keys label, .* but got the keys \['image'\]"),
+    ([{"image": IMAGES}], r"one of the entries label, .* but got the keys \['image'\]"),
     ([(IMAGES, TARGETS.float())], "integer class indices, but got torch.float32"),
     ([(IMAGES, TARGETS > 1)], "integer class indices, but got torch.bool"),
     ([(IMAGES, torch.nn.functional.one_hot(TARGETS))], r"shape \[batch size\].* but got \[8, 4\]"),
