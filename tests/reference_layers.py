@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 class Expected(NamedTuple):
     relevance: Tensor  # [B, C]
+    gradients: Tensor  # of the logit, summed over positions, [B, C]
     vectors: Tensor  # [B, C, I]
     inputs: list[Tensor]
     layer: nn.Module
@@ -22,17 +23,18 @@ def slow(net: nn.Module, layer: str, images: Tensor, targets: Tensor) -> Expecte
             module.inplace = False
     module, seen = net.get_submodule(layer), []
     module.register_forward_hook(lambda _, args, output: seen.append((args[0].detach().clone(), output)))
-    relevances, vectors, inputs = [], [], []
+    relevances, gradients, vectors, inputs = [], [], [], []
     for image, target in zip(images.double(), targets, strict=True):
         seen.clear()
         logit = net(image[None])[0, target]
         x, z = seen[0]
         slope, weight_slope = torch.autograd.grad(logit, [z, module.weight])
         relevances.append(by_channel(module, (z * slope).detach()).sum(1))
+        gradients.append(by_channel(module, slope).sum(1))
         product = (module.weight * weight_slope).detach()
         vectors.append(product.reshape(*product.shape[:2], -1).sum(2))
         inputs.append(x)
-    return Expected(torch.stack(relevances), torch.stack(vectors), inputs, module)
+    return Expected(torch.stack(relevances), torch.stack(gradients), torch.stack(vectors), inputs, module)
 
 
 def by_channel(layer: nn.Module, values: Tensor) -> Tensor:
