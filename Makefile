@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test nightly lint bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -14,6 +14,9 @@ demo: $(VENV)/.installed  ## train on handwritten digits, find polysemantic chan
 
 test: $(VENV)/.installed  ## doctests and tests, with branch coverage
 	$(RUN) -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+nightly: $(VENV)/.installed  ## many random networks
+	HYPOTHESIS_PROFILE=nightly $(RUN) -m pytest tests/test_fuzz.py
 
 lint: $(VENV)/.installed  ## style and types
 	$(RUN) -m ruff check .

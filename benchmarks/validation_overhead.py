@@ -37,6 +37,8 @@ from lightning_polydis import ChannelDisentanglement
 MODELS = {
     "resnet18": (torchvision.models.resnet18, "net.layer4.1.conv2"),
     "resnet50": (torchvision.models.resnet50, "net.layer4.2.conv3"),
+    "resnext50": (torchvision.models.resnext50_32x4d, "net.layer4.2.conv2"),
+    "vit": (torchvision.models.vit_b_16, "net.encoder.layers.encoder_layer_11.mlp.3"),
     "squeezenet": (torchvision.models.squeezenet1_1, "net.features.12.expand1x1"),
 }
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -101,7 +103,10 @@ def make_module(arguments: argparse.Namespace) -> Classifier:
     """The network, with random weights."""
     torch.manual_seed(0)
     build, _ = MODELS[arguments.model]
-    return Classifier(build(weights=None, num_classes=arguments.classes))
+    module = Classifier(build(weights=None, num_classes=arguments.classes))
+    if arguments.compile:
+        module.net.compile()
+    return module
 
 
 def make_loader(arguments: argparse.Namespace) -> DataLoader:
@@ -188,7 +193,7 @@ def print_results(arguments: argparse.Namespace, rounds: list[tuple[Epoch, Epoch
         print(f"peak memory, {place}: {memory[False][place]:.0f} MiB without, {memory[True][place]:.0f} MiB with")
     print(f"candidates: {found.n_candidates}, threads: {torch.get_num_threads()}")
     cells = [
-        arguments.model,
+        f"{arguments.model}{', compiled' if arguments.compile else ''}",
         f"`{MODELS[arguments.model][1]}`",
         f"{found.n_images}",
         f"{found.n_flagged}",
@@ -216,6 +221,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--clock", choices=list(CLOCKS), default="wall", help="cpu: of this process, for busy machines and --threads 1"
     )
+    parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--memory-of", choices=["with", "without"], default=None, help=argparse.SUPPRESS)
     return parser.parse_args()
