@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.forward import CallStack, PassDone, default_logits, detached, path_to
+from lightning_polydis.forward import (
+    CallStack,
+    PassDone,
+    default_logits,
+    detached,
+    first_outside,
+    has_own_parameters,
+    path_to,
+)
 from lightning_polydis.layers import at_least_single, channels_are_last, is_finite, sum_over_positions
 from lightning_polydis.logits import LogitsError, are_normalised, checked_logits
 
@@ -246,7 +254,7 @@ class RelevanceCollector:
         if self._logits_module is not None:
             return None
         if self._rehearsal and self._watch_followers:  # nothing after the logits will be seen
-            self._follower = self._outside(module)
+            self._follower = first_outside(self._model, module)
         return self._finish_pass(output)
 
     def _leave_head(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -349,16 +357,10 @@ class RelevanceCollector:
         # Sums over positions exceed the range of half precision.
         return sum_over_positions(at_least_single(output) * gradient, channels_last=self._channels_last[name])
 
-    def _outside(self, outermost: nn.Module) -> str | None:
-        """A module with parameters that is no part of the one that was called."""
-        inside = set(outermost.modules())
-        others = (name for name, module in self._model.named_modules() if module not in inside and _has_own(module))
-        return None if outermost is self._model else next((name for name in others if name), None)
-
     def _hook_followers(self, modules: dict[str, nn.Module]) -> None:
         """Notice modules with parameters that run after the supposed logits, as in ``head(backbone(x))``."""
         for name, module in modules.items():
-            if _has_own(module):
+            if has_own_parameters(module):
                 self._handles.append(module.register_forward_pre_hook(self._follower_hook(name)))
 
     def _follower_hook(self, name: str) -> Callable[[nn.Module, Any], None]:
@@ -367,11 +369,6 @@ class RelevanceCollector:
                 self._follower = name
 
         return hook
-
-
-def _has_own(module: nn.Module) -> bool:
-    """Whether the module itself has parameters."""
-    return any(True for _ in module.parameters(recurse=False))
 
 
 def _with_follower(problem: Exception, follower: str) -> Exception:

@@ -12,7 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.forward import CallStack, PassDone, default_logits, path_to, untouched
+from lightning_polydis.forward import CallStack, PassDone, default_logits, first_outside, path_to, untouched
 from lightning_polydis.layers import (
     MIN_INPUTS_BY_DEFAULT,
     LinearLayer,
@@ -127,7 +127,7 @@ class LayerDiscovery:
         if self._outside is not None:
             raise InputError(
                 "No layer could be chosen for analysis, because the forward pass is made of several calls "
-                f"(`{self._outside}` ran outside the first one). Pass `layers`, and `logits_module` with the "
+                f"(`{self._outside}` {'may run' if self._rehearsal else 'ran'} outside the first one). Pass `layers`, and `logits_module` with the "
                 "name of the module that gives the logits."
             )
         ran_once = [name for name in self._order if self._order.count(name) == 1]
@@ -186,5 +186,6 @@ class LayerDiscovery:
             self._call = self._begun
             if self._logits_module is None:
                 self._note_width(output)
-            if self._rehearsal:
+            if self._rehearsal:  # nothing after the first call will be seen
+                self._outside = self._outside or first_outside(self._model, module)
                 raise PassDone

@@ -33,6 +33,20 @@ def path_to(name: str) -> list[str]:
     return [".".join(parts[:depth]) for depth in range(len(parts))]
 
 
+def has_own_parameters(module: nn.Module) -> bool:
+    """Whether the module itself has parameters, not only its children."""
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def first_outside(model: nn.Module, outermost: nn.Module) -> str | None:
+    """Name of a module with parameters that is no part of the one that was called, and so may run after it."""
+    if outermost is model:
+        return None
+    inside = set(outermost.modules())
+    others = (name for name, module in model.named_modules() if module not in inside and has_own_parameters(module))
+    return next((name for name in others if name), None)
+
+
 def default_logits(output: Any) -> Any:
     """The logits in a network's output: the tensor itself, ``.logits`` or ``["logits"]``; else the output unchanged."""
     if isinstance(output, dict):

@@ -156,6 +156,8 @@ def test_a_head_behind_a_compiled_backbone_has_to_be_named(tmp_path):
         MisconfigurationException, match=r"`head` may run after the output that was taken .*logits_module=\"head\""
     ):
         validated(module, tmp_path, callback_for("backbone.2"))
+    with pytest.raises(MisconfigurationException, match=r"`head` may run outside the first one\). Pass `layers`, and"):
+        validated(module, tmp_path, callback_for(None))
     assert n_hooks(module) == 0
     assert "log" not in module.__dict__
     named = callback_for("backbone.2", logits_module="head")

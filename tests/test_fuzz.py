@@ -87,7 +87,7 @@ def networks(draw):
     kind = draw(st.sampled_from(["linear", *CONVS]))
     torch.manual_seed(draw(seeds))
     between = draw(st.sampled_from([(), (3,), (2, 2)]))
-    widths = draw(st.lists(st.sampled_from([4, 6, 8]), min_size=3, max_size=5))
+    widths = draw(st.lists(st.sampled_from([4, 8, 10]), min_size=3, max_size=5))
     sizes, blocks = SIZES.get(kind, between), []
     for n_inputs, n_channels in pairwise(widths):
         norm = draw(st.sampled_from(["none", "batch", "group"]))
@@ -106,7 +106,7 @@ def networks(draw):
             nn.init.normal_(module.running_mean, std=0.3)
             nn.init.uniform_(module.running_var, 0.5, 2)
     shape = (*between, widths[0]) if kind == "linear" else (widths[0], *SIZES[kind])
-    images = torch.randn(draw(st.integers(2, 8)), *shape, dtype=torch.float64)
+    images = torch.randn(draw(st.integers(4, 10)), *shape, dtype=torch.float64)
     note(f"{net}\nimages {list(images.shape)}")
     return net.double().eval(), images
 
@@ -127,11 +127,11 @@ def names_in(draw, net: Net) -> list[str]:
 
 def settings_for(draw) -> dict:
     method = draw(st.sampled_from(["paper", "optimized"]))
-    numbers = st.floats(-0.99, 1)
+    numbers = st.sampled_from([0.9, 1.0]) | st.floats(-0.99, 1)
     return {
         "method": method,
-        "relevance_threshold": draw(st.floats(0.001, 1)),
-        "class_fraction": draw(st.floats(0.01, 1) | st.sampled_from([1 / 3, 0.5, 2 / 3, 1.0])),
+        "relevance_threshold": draw(st.floats(0.001, 0.2) | st.sampled_from([0.03, 1.0])),
+        "class_fraction": draw(st.sampled_from([1 / 3, 0.5, 2 / 3, 1.0]) | st.floats(0.01, 0.5)),
         "similarity_threshold": draw(numbers if method == "paper" else st.just("auto") | numbers),
     }
 
