@@ -125,9 +125,10 @@ class LayerDiscovery:
         if self._problem is not None:
             raise self._problem
         if self._outside is not None:
+            ran = "may run" if self._rehearsal else "ran"
             raise InputError(
                 "No layer could be chosen for analysis, because the forward pass is made of several calls "
-                f"(`{self._outside}` {'may run' if self._rehearsal else 'ran'} outside the first one). Pass `layers`, and `logits_module` with the "
+                f"(`{self._outside}` {ran} outside the first one). Pass `layers`, and `logits_module` with the "
                 "name of the module that gives the logits."
             )
         ran_once = [name for name in self._order if self._order.count(name) == 1]

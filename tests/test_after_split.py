@@ -141,6 +141,17 @@ def test_distributed_data_parallel(kind):
 
 
 @every_kind
+def test_every_part_learns_as_its_channel_would(kind):
+    plain, net, x = plain_net(kind).double(), split_net(kind).double(), inputs(kind).double()
+    _, expected, *_ = output_and_gradients(plain, plain, x)
+    _, found, *_ = output_and_gradients(net, net, x)
+    for split in PLAN:
+        *concepts, residual = found[net[0].part_rows(split.channel)]
+        for gradient in (*concepts, -residual):
+            assert_close(gradient, expected[split.channel], 1e-5)
+
+
+@every_kind
 def test_training_goes_on_and_undo_folds_what_was_learnt(kind):
     net, x = split_net(kind).double(), inputs(kind).double()
     assert_learns(net, x)
@@ -158,6 +169,9 @@ def test_a_trained_split_network_is_split_and_trained_again(kind):
     assert_close(again(x), net(x), 1e-12)
     assert [split.channel for split in stored_plan(again)] == [7, 2, 5]
     assert_same_state(again[0].state_dict(), split_further(net[0], [FURTHER]).state_dict())
+    for channel in (7, 2):
+        old, new = (part[0].expand.weight[part[0].part_rows(channel)] for part in (net, again))
+        assert torch.equal(old, new), "what was learnt stays where it is"
     assert_learns(again, x.flip(0))
     learnt = again(x)
     again[0] = again[0].undo()
