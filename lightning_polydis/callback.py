@@ -141,6 +141,8 @@ class ChannelDisentanglement(Callback):
                 logits_fn=logits_fn,
             )
             check_positive_int("every_n_epochs", every_n_epochs)
+            if dataloader is not None and (isinstance(dataloader, bool) or not isinstance(dataloader, int | str)):
+                raise InputError(f"Expected argument `dataloader` to be a place, a key or None, but got {dataloader!r}.")
             if split and calibration_samples == 0:
                 raise InputError("`split=True` needs calibration samples, but got `calibration_samples=0`.")
         self.split = split
