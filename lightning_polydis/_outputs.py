@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_polydis._trainer import averaged_twins
 from lightning_polydis.loggers import log_report, log_sweeps, show_report
-from lightning_polydis.surgery import split_checked
+from lightning_polydis.surgery import disentangle, split_checked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,4 +98,6 @@ def split_trained(
         rank_zero_info(
             f"Split {n_split} channels of `{layer}`; largest relative change of its output: {deviation:.1e}."
         )
+    for twin in averaged_twins(trainer):  # it has the final weights too, is what checkpoints hold, and is swapped in
+        disentangle(twin, plan, inplace=True)
     return plan if len(plan) else None

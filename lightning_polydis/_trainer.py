@@ -103,15 +103,27 @@ def check_optimizer_states(optimizers: list[Optimizer], module: nn.Module) -> No
     for name, layer in module.named_modules():
         if not isinstance(layer, SplitLayer):
             continue
-        old_shapes = {(layer.n_channels, *parameter.shape[1:]) for parameter in layer.expand.parameters()}
-        states = [optimizer.state.get(own, {}) for optimizer in optimizers for own in layer.expand.parameters()]
-        if any(isinstance(value, Tensor) and tuple(value.shape) in old_shapes for s in states for value in s.values()):
+        states = [(own, optimizer.state.get(own, {})) for optimizer in optimizers for own in layer.expand.parameters()]
+        if any(_is_of_other_shape(value, own) for own, state in states for value in state.values()):
             raise InputError(
                 f"The optimizer's state in this checkpoint is of the time before layer `{name}` was split, and does "
                 "not fit the split layer. Start with a new optimizer: "
                 "`module = lightning_polydis.load_from_checkpoint(ModuleClass, path)`, then `trainer.fit(module)` "
                 "without `ckpt_path`."
             )
+
+
+def _is_of_other_shape(value: Any, parameter: Tensor) -> bool:
+    """Whether an optimizer's state was made for a parameter of another shape; 1 stands for a mean (Adafactor)."""
+    if not isinstance(value, Tensor) or value.ndim != parameter.ndim:
+        return False
+    return any(size not in (1, wanted) for size, wanted in zip(value.shape, parameter.shape, strict=True))
+
+
+def averaged_twins(trainer: pl.Trainer) -> list[nn.Module]:
+    """Copies of the module that averages of weights keep, found by the name under which Lightning's keep them."""
+    averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return [getattr(average, "module", average) for average in averages if average is not None]
 
 
 class Rehearsals:

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_polydis._checks import InputError, check_positive_int
 from lightning_polydis._epoch import AnalysedEpoch, guarded, in_lightnings_words
 from lightning_polydis._outputs import Outputs, split_trained
-from lightning_polydis._trainer import check_optimizer_states, check_strategy, is_last_validation
+from lightning_polydis._trainer import averaged_twins, check_optimizer_states, check_strategy, is_last_validation
 from lightning_polydis.loggers import log_split_quality
 from lightning_polydis.plan import SplitPlan
 from lightning_polydis.settings import AnalysisSettings
@@ -142,7 +142,9 @@ class ChannelDisentanglement(Callback):
             )
             check_positive_int("every_n_epochs", every_n_epochs)
             if dataloader is not None and (isinstance(dataloader, bool) or not isinstance(dataloader, int | str)):
-                raise InputError(f"Expected argument `dataloader` to be a place, a key or None, but got {dataloader!r}.")
+                raise InputError(
+                    f"Expected argument `dataloader` to be a place, a key or None, but got {dataloader!r}."
+                )
             if split and calibration_samples == 0:
                 raise InputError("`split=True` needs calibration samples, but got `calibration_samples=0`.")
         self.split = split
@@ -159,7 +161,7 @@ class ChannelDisentanglement(Callback):
         self._chosen: list[str] | None = None
         self._n_validations = 0
         self._inference_loops: list[Any] = []
-        self._load_hook: RemovableHandle | None = None
+        self._load_hooks: list[RemovableHandle] = []
 
     @property
     def report(self) -> PolysemanticityReport | None:
@@ -197,9 +199,10 @@ class ChannelDisentanglement(Callback):
         with in_lightnings_words():
             self._check_for_doubles(trainer)
         # A checkpoint of a split network finds the module unsplit; it is split just before the weights load.
-        self._load_hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-            _rebuild_splits
-        )
+        self._load_hooks = [
+            module.register_load_state_dict_pre_hook(_rebuild_splits)
+            for module in (pl_module, *averaged_twins(trainer))
+        ]
 
     def _check_for_doubles(self, trainer: pl.Trainer) -> None:
         wanted = [set(other._settings.layer_names or [""]) for other in _instances(trainer)]
@@ -241,9 +244,9 @@ class ChannelDisentanglement(Callback):
     def _give_back(self) -> None:
         """Hooks off, inference mode as it was."""
         self._drop_epoch()
-        if self._load_hook is not None:
-            self._load_hook.remove()
-        self._load_hook = None
+        for hook in self._load_hooks:
+            hook.remove()
+        self._load_hooks = []
         for loop in self._inference_loops:
             loop.inference_mode = True
         self._inference_loops = []
@@ -344,7 +347,10 @@ class ChannelDisentanglement(Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._finish_run(trainer)
-        if self.split and self._applied is None:
+        plan = self._plan_in(pl_module)
+        if len(plan):  # split already, even if no validation came by to see it
+            self._applied = self._applied or plan
+        elif self.split:
             with in_lightnings_words():
                 report = self._report if self._is_current else None
                 self._applied = split_trained(trainer, pl_module, report, self._analysed_step)
@@ -359,6 +365,7 @@ def _instances(trainer: pl.Trainer) -> list[ChannelDisentanglement]:
     return [callback for callback in trainer.callbacks if isinstance(callback, ChannelDisentanglement)]  # type: ignore[attr-defined]
 
 
-def _rebuild_splits(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+def _rebuild_splits(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     with in_lightnings_words():
-        rebuild_splits(module, state_dict)
+        rebuild_splits(module, own)

@@ -63,7 +63,7 @@ def find_layer(model: nn.Module, name: str) -> LinearLayer:
 
 def unsupported_reason(module: nn.Module) -> str | None:
     """Why ``module`` cannot be analysed, in words that follow "but got"; `None` if it can."""
-    kind = f"`{type(module).__name__}`"
+    kind = f"`{module._get_name()}`"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{kind}, whose shape is not known before its first forward pass (run the model once)"
     own = next((plain for plain in KINDS if isinstance(module, plain)), None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_polydis._checks import InputError
 from lightning_polydis.layers import LinearLayer, channel_count, group_count, inputs_per_channel, widened
 from lightning_polydis.membership import part_weights
+from lightning_polydis.merging import MergeChannels, StructuredModule
 from lightning_polydis.plan import ChannelSplit, check_fits
 
 if TYPE_CHECKING:
@@ -19,43 +20,7 @@ if TYPE_CHECKING:
 Layer = TypeVar("Layer", nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-class MergeChannels(nn.Module):
-    """Puts split channels together again: adds the appended channels to those they came from.
-
-    A module of its own, and a leaf, so that tools see where the old channels are whole again. Only the appended
-    channels are touched; a dense 1 x 1 convolution in its place would cost as much as the layer itself.
-
-    Args:
-        target: For each appended channel the channel it is added to, ``[E]``, integer.
-        sign: 1 for a concept, -1 for a residual, ``[E]``.
-        dim: Dimension of the channels.
-        rows: Rows of the old and of the appended channels, ``[C + E]``; `None`: the appended ones come last. In a
-            grouped convolution every group has appended channels, some of which may be empty and stay unused.
-    """
-
-    target: Tensor
-    sign: Tensor
-    rows: Tensor | None
-
-    def __init__(self, target: Tensor, sign: Tensor, dim: int, rows: Tensor | None = None) -> None:
-        super().__init__()
-        self.dim = dim
-        self.register_buffer("target", target)
-        self.register_buffer("sign", sign)
-        self.register_buffer("rows", rows)
-
-    def forward(self, expanded: Tensor) -> Tensor:
-        """``[B, C + E, ...]`` -> ``[B, C, ...]`` (channels last for linear layers)."""
-        n_extra = len(self.target)
-        if self.rows is not None:
-            expanded = expanded.index_select(self.dim, self.rows)
-        kept, extra = expanded.split([expanded.shape[self.dim] - n_extra, n_extra], dim=self.dim)
-        shape = [1] * expanded.ndim
-        shape[self.dim] = n_extra
-        return torch.index_add(kept, self.dim, self.target, extra * self.sign.view(shape).to(extra.dtype))
-
-
-class _SplitLayer(nn.Module, Generic[Layer]):
+class _SplitLayer(StructuredModule, Generic[Layer]):
     """A layer whose split channels are several channels of ``expand`` and one again behind ``merge``."""
 
     expand: Layer
@@ -87,12 +52,12 @@ class _SplitLayer(nn.Module, Generic[Layer]):
         device = layer.weight.device
         rows = [(row, label) for row, concept in enumerate(c for s in splits for c in s.concepts) for label in concept]
         ratios = [float("nan") if split.rho is None else split.rho for split in splits]
-        self.register_buffer("channels", _integers([split.channel for split in splits], device))
-        self.register_buffer("n_concepts", _integers([len(split.concepts) for split in splits], device))
-        self.register_buffer("concept_classes", _integers(rows, device).view(-1, 2))
+        self.register_structure("channels", _integers([split.channel for split in splits], device))
+        self.register_structure("n_concepts", _integers([len(split.concepts) for split in splits], device))
+        self.register_structure("concept_classes", _integers(rows, device).view(-1, 2))
         self.register_buffer("rho", torch.tensor(ratios, dtype=torch.float32, device=device))
         signs = [sign for split in splits for sign in split.directions or [0] * len(split.concepts)]
-        self.register_buffer("concept_directions", _integers(signs, device))
+        self.register_structure("concept_directions", _integers(signs, device))
         membership = [split.membership for split in splits] or [torch.empty(0, inputs_per_channel(layer))]
         self.register_buffer("membership", torch.cat(membership).to(device))
         self.register_buffer("original_weight", layer.weight.detach()[self.channels].clone())
@@ -163,12 +128,12 @@ class _SplitLayer(nn.Module, Generic[Layer]):
         return cast("Tensor", self.merge(self.expand(inputs)))
 
     def splits(self, layer_name: str) -> list[ChannelSplit]:
-        """The splits of this layer, as they stand in its buffers.
+        """The splits of this layer, as they stand in its state.
 
         Args:
             layer_name: Name to give the layer; a module does not know its own.
         """
-        return stored_splits(dict(self.named_buffers()), layer_name)
+        return stored_splits(self.state_dict(), layer_name)
 
     def channel_index(self, channel: int, concept: int | Literal["residual"]) -> int:
         """Which output channel of ``expand`` holds a concept of a split channel.
@@ -212,8 +177,10 @@ class _SplitLayer(nn.Module, Generic[Layer]):
         """The layer that was split, with the weights it had, or folded together if they were trained since.
 
         Returns:
-            A new layer on the same device; untouched splits give the old weights back bit for bit.
+            A new layer on the same device; untouched splits give the old weights back bit for bit, unless the dtype
+            was changed in between.
         """
+        self.check_weights()
         layer = cast("Layer", widened(self.expand, self.n_channels))
         with torch.no_grad():
             weight, bias = self._folded()
@@ -223,6 +190,14 @@ class _SplitLayer(nn.Module, Generic[Layer]):
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(self.expand.get_parameter(name).requires_grad)
         return layer.train(self.training)
+
+    def check_weights(self) -> None:
+        """Raise `ValueError` unless ``expand`` still has weights, which it has not once it is quantized."""
+        if not isinstance(getattr(self.expand, "weight", None), Tensor):
+            raise InputError(
+                f"Expected a split layer with plain weights, but its `expand` is a `{self.expand._get_name()}` by now. "
+                "Undo the split, or split further channels, before the network is quantized."
+            )
 
     def _folded(self) -> tuple[Tensor, Tensor | None]:
         expanded = self.expand.weight.detach()
@@ -265,7 +240,7 @@ class SplitConv2d(_SplitLayer[nn.Conv2d]):
     ``c``, the appended rows hold the other concepts and the residual (see `channel_index`). In a grouped convolution
     every group needs as many rows, so rows are appended to each group, and some stay zero. ``merge`` adds them up:
     concepts minus residual is the old channel, so the output is what it was, up to rounding (arXiv:2504.12939,
-    section 3.3). What was split, and how, stands in persistent buffers, so a ``state_dict`` tells it all. The state
+    section 3.3). What was split, and how, is part of its state, so a ``state_dict`` tells it all. The state
     dict of the unsplit layer is accepted too.
 
     Args:
@@ -368,8 +343,10 @@ def _accept_unsplit_state(module: nn.Module, state_dict: dict[str, Any], prefix:
     """Turn the unsplit layer's entries of a state dict into those of the split one."""
     weight = state_dict.get(f"{prefix}weight")
     split = cast("_SplitLayer[Any]", module)
-    expected = (split.n_channels, *split.expand.weight.shape[1:])
-    if weight is None or f"{prefix}expand.weight" in state_dict or tuple(weight.shape) != expected:
+    own = getattr(split.expand, "weight", None)  # a method, once the layer is quantized
+    if weight is None or f"{prefix}expand.weight" in state_dict or not isinstance(own, Tensor):
+        return
+    if tuple(weight.shape) != (split.n_channels, *own.shape[1:]):
         return
     bias = state_dict.pop(f"{prefix}bias", None)
     del state_dict[f"{prefix}weight"]
@@ -385,7 +362,7 @@ def _accept_unsplit_state(module: nn.Module, state_dict: dict[str, Any], prefix:
 
 
 def stored_splits(buffers: Mapping[str, Tensor], layer_name: str) -> list[ChannelSplit]:
-    """The splits that a split layer's buffers describe (or its entries of a state dict)."""
+    """The splits that the entries of a split layer in a state dict describe."""
     counts = buffers["n_concepts"].tolist()
     concepts: list[list[int]] = [[] for _ in range(sum(counts))]
     for row, label in buffers["concept_classes"].tolist():

@@ -76,6 +76,7 @@ def _check_splits(model: nn.Module, name: str, splits: Sequence[ChannelSplit]) -
                 f"Channels {again} of layer `{name}` are split already. Leave them out of the plan, or put the layer "
                 "that `undo()` returns back first."
             )
+        module.check_weights()
         layer: LinearLayer = module.expand
         check_fits(splits, module.n_channels, inputs_per_channel(layer))
     else:
@@ -139,7 +140,7 @@ def rebuild_splits(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[s
 
 
 def stored_plan(model: nn.Module) -> SplitPlan:
-    """The splits of all split layers of a network, as they stand in their buffers."""
+    """The splits of all split layers of a network, as they stand in their state."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SplitLayer)]
     return SplitPlan([split for name, module in layers for split in module.splits(name)])
 

@@ -20,7 +20,6 @@ from tests.networks import Classifier, conv_relu_net, loader, make_batches, make
 from tests.test_callback import callback_for, make_trainer, n_hooks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated", "ignore:Be aware that when using `ckpt_path`")
-known_bug = partial(pytest.mark.xfail, strict=True)
 
 KINDS = {
     "conv1d": lambda: nn.Conv1d(6, 9, 3, padding=1),
@@ -256,7 +255,6 @@ def test_a_quantised_split_layer_computes_and_knows_its_splits():
     assert "0.expand.weight" not in net.state_dict()
 
 
-@known_bug(raises=AttributeError, reason="the load hook reads `expand.weight`, a method of quantised layers")
 def test_a_quantised_split_layer_takes_its_own_state_dict():
     net, other, x = quantised(split_net("linear")), split_net("linear"), inputs("linear")
     nn.init.ones_(other[0].expand.weight)
@@ -266,7 +264,6 @@ def test_a_quantised_split_layer_takes_its_own_state_dict():
     assert torch.equal(other(x), net(x))
 
 
-@known_bug(raises=AttributeError, reason="quantised layers have no plain weights")
 @pytest.mark.parametrize(
     "change", [lambda net: net[0].undo(), lambda net: disentangle(net, SplitPlan([FURTHER]))], ids=["undo", "split"]
 )
@@ -369,9 +366,7 @@ def test_states_from_before_the_split_are_refused(module, make, is_split, tmp_pa
     assert_refused(module if is_split else Trained(make=make), checkpoint, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "make", [adam, pytest.param(torch.optim.Adafactor, marks=known_bug(raises=RuntimeError, reason="factored states"))]
-)
+@pytest.mark.parametrize("make", [adam, torch.optim.Adafactor])
 def test_an_unsplit_checkpoint_with_states_is_refused_by_a_split_module(make, tmp_path):
     module = Trained(conv_relu_net(), make)
     module.net[2] = nn.Conv2d(8, 12, 3, stride=2, padding=2, dilation=2, bias=False)
@@ -380,7 +375,6 @@ def test_an_unsplit_checkpoint_with_states_is_refused_by_a_split_module(make, tm
     assert_refused(disentangle(module, plan), tmp_path / "unsplit.ckpt", tmp_path)
 
 
-@known_bug(raises=RuntimeError, reason="only shapes of the unsplit layer count as old")
 def test_states_from_before_a_further_split_are_refused(module, tmp_path):
     first, second = (SplitPlan([ChannelSplit("net.2", c, [[0], [1]], shares(2, 8))]) for c in (3, 5))
     trainer = fit(disentangle(module, first, inplace=True), tmp_path)
@@ -398,7 +392,6 @@ def test_an_optimizer_without_states_is_resumed(module, tmp_path):
     assert not torch.equal(fresh.net[2].expand.weight, module.net[2].expand.weight)
 
 
-@known_bug(raises=MisconfigurationException, reason="the restored plan is applied to layers that are split already")
 @pytest.mark.parametrize("kwargs", [{"max_epochs": 1}, {"max_epochs": 3, "limit_val_batches": 0}], ids=str)
 def test_a_split_module_is_resumed_without_another_validation(module, kwargs, tmp_path):
     module.make = sgd
@@ -452,7 +445,6 @@ def test_the_averaged_weights_are_split(module, fit_averaged, state, tmp_path):
     assert any("EMAWeightAveraging" in note for note in callback.report.notes)
 
 
-@known_bug(raises=RuntimeError, reason="the averaged twin stays unsplit and is swapped in")
 def test_a_split_module_is_validated_beside_an_average(module, fit_averaged):
     trainer, _ = fit_averaged(module)
     before = copy.deepcopy(module.state_dict())
@@ -461,13 +453,11 @@ def test_a_split_module_is_validated_beside_an_average(module, fit_averaged):
     assert_same_state(module.state_dict(), before)
 
 
-@known_bug(raises=AssertionError, reason="the averaged twin stays unsplit and is what is saved")
 def test_a_checkpoint_beside_an_average_holds_the_split(module, fit_averaged, tmp_path):
     fit_averaged(module)[0].save_checkpoint(tmp_path / "after.ckpt")
     assert_same_state(load_from_checkpoint(Trained, tmp_path / "after.ckpt").state_dict(), module.state_dict())
 
 
-@known_bug(reason="buffers are averaged too, and integers rounded down")
 @pytest.mark.parametrize("decay", [0.9, 0.9999])
 def test_the_structure_of_a_split_module_is_not_averaged(module, decay, fit_averaged, tmp_path):
     fit_and_save(module, tmp_path)
@@ -478,7 +468,6 @@ def test_the_structure_of_a_split_module_is_not_averaged(module, decay, fit_aver
     assert [(split.channel, split.concepts) for split in stored_plan(module)] == concepts
 
 
-@known_bug(raises=(RuntimeError, MisconfigurationException), reason="the averaged twin is not split as weights load")
 def test_averaged_training_of_a_split_module_is_resumed(module, fit_averaged, tmp_path):
     fit_and_save(module, tmp_path)
     every = ModelCheckpoint(tmp_path / "every", filename="{epoch}", save_top_k=-1)

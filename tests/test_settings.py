@@ -51,6 +51,7 @@ def test_bad_settings_are_refused_in_words_everywhere(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"dataloader": 1.5}, "`dataloader` to be a place, a key or None, but got 1.5"),
         ({"every_n_epochs": 0}, "`every_n_epochs` to be an integer of at least 1, but got 0"),
         (
             {"split": True, "calibration_samples": 0},

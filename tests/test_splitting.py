@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_polydis import ChannelSplit, SplitConv2d, SplitLinear, SplitPlan, disentangle
-from lightning_polydis.splitting import MergeChannels
+from lightning_polydis.merging import MergeChannels
 from lightning_polydis.surgery import rebuild_splits, split_checked, split_deviation, split_layer, stored_plan
 from tests.networks import BottleneckNet, conv_relu_net, make_images
 
