@@ -13,6 +13,7 @@ from lightning_polydis._checks import InputError
 from lightning_polydis.batches import check_module_name, collector_for, targets_of
 from lightning_polydis.collection import LayerRecord, RelevanceCollector
 from lightning_polydis.discovery import LayerDiscovery
+from lightning_polydis.forward import full_precision
 from lightning_polydis.layers import (
     LinearLayer,
     channel_count,
@@ -129,7 +130,8 @@ class ChannelAnalysis:
         if isinstance(self._observer, LayerDiscovery):
             self._choose_layer(self._observer)
         assert isinstance(self._observer, RelevanceCollector)
-        self._add(self._observer.finish(), self._observer)
+        with full_precision():
+            self._add(self._observer.finish(), self._observer)
 
     def _choose_layer(self, discovery: LayerDiscovery) -> None:
         """Settle on a layer after the first pass, and make that pass again to see the layer in it."""

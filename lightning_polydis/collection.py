@@ -21,6 +21,7 @@ from lightning_polydis.forward import (
     default_logits,
     detached,
     first_outside,
+    full_precision,
     has_own_parameters,
     path_to,
 )
@@ -242,7 +243,7 @@ class RelevanceCollector:
             torch.set_grad_enabled(True)
             self._stage = "recording"
             self._recording.append(self)
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             seen = self._observe(name, inputs.detach())
         # Earlier layers of interest have made `output` part of a graph; the first one starts the graph.
         kept = output if output.requires_grad else output.detach().requires_grad_()
@@ -281,7 +282,8 @@ class RelevanceCollector:
     def _take_relevances(self) -> None:
         problem = None
         try:
-            self._records = self._relevances(self._checked_logits(self._output))
+            with full_precision():
+                self._records = self._relevances(self._checked_logits(self._output))
         except Exception as error:  # kept, and raised by `finish`
             problem = error
         self._stop(problem)

@@ -12,7 +12,15 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.forward import CallStack, PassDone, default_logits, first_outside, path_to, untouched
+from lightning_polydis.forward import (
+    CallStack,
+    PassDone,
+    default_dtype,
+    default_logits,
+    first_outside,
+    path_to,
+    untouched,
+)
 from lightning_polydis.layers import (
     MIN_INPUTS_BY_DEFAULT,
     LinearLayer,
@@ -35,6 +43,7 @@ class ForwardCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    dtype: torch.dtype  # the default one
     autocast: tuple[tuple[str, torch.dtype], ...]  # device types and precisions of the mixed precision in force
 
     @staticmethod
@@ -44,11 +53,11 @@ class ForwardCall:
         args, kwargs = apply_to_collection((args, kwargs), Tensor, lambda tensor: tensor.clone(), allow_frozen=True)
         devices = {tensor.device.type for tensor in (*module.parameters(), *module.buffers())}
         mixed = [(device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device)]
-        return ForwardCall(module, args, kwargs, tuple(mixed))
+        return ForwardCall(module, args, kwargs, torch.get_default_dtype(), tuple(mixed))
 
     def replay(self) -> None:
         """Make the call again without a trace: random numbers and buffers are put back."""
-        with torch.no_grad(), untouched(self.module), ExitStack() as stack:
+        with torch.no_grad(), untouched(self.module), default_dtype(self.dtype), ExitStack() as stack:
             for device, dtype in self.autocast:
                 stack.enter_context(torch.autocast(device, dtype))
             self.module(*self.args, **self.kwargs)

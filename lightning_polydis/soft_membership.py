@@ -137,7 +137,7 @@ def _thinned(samples: Samples, n_images: int) -> Samples:
     """At most so many images, evenly spread."""
     if len(samples) <= n_images:
         return samples
-    return samples[torch.linspace(0, len(samples) - 1, n_images).round().long()]
+    return samples[torch.linspace(0, len(samples) - 1, n_images, dtype=torch.float64).round().long()]
 
 
 def _contributions(layer: LinearLayer, channel: int, samples: Samples, max_positions: int) -> Tensor:

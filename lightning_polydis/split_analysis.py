@@ -9,6 +9,7 @@ import torch
 from lightning_polydis._checks import InputError
 from lightning_polydis.batches import check_module_name, collector_for, targets_of
 from lightning_polydis.evaluation import SplitEvaluator, SplitQuality
+from lightning_polydis.forward import full_precision
 from lightning_polydis.layers import LinearLayer, channel_count, find_layer, inputs_per_channel, is_finite
 from lightning_polydis.plan import ChannelSplit, SplitPlan, check_fits
 from lightning_polydis.splitting import SplitLayer
@@ -56,7 +57,7 @@ class SplitAnalysis:
         for name, record in records.items():
             if is_finite(record.relevance):
                 relevant = relevant_channels(record.relevance, self._settings.relevance_threshold)
-                with torch.no_grad():
+                with torch.no_grad(), full_precision():
                     self._evaluators[name].update(self._layers[name], record.seen, self._targets, relevant)
 
     def close(self) -> None:

@@ -162,7 +162,7 @@ class RelevanceVectors(Metric):
         self.sums.append(_zeros((rows, self.n_groups, self.n_inputs), device))
         self.counts.append(_zeros((rows, self.n_groups), device))
         self._slots = torch.full(shape, FREE, device=device)
-        self._hits, self._n_images = torch.zeros(shape, device=device), torch.zeros(shape[0], device=device)
+        self._hits, self._n_images = (torch.zeros(s, dtype=torch.float32, device=device) for s in (shape, shape[:1]))
 
     def _meet(self, label: int) -> None:
         """Give a class entries for all channels, if its turn comes before that of another one."""
@@ -245,5 +245,5 @@ class RelevanceVectors(Metric):
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
     if device.type != "cpu":
-        return torch.zeros(shape, device=device)
+        return torch.zeros(shape, dtype=torch.float32, device=device)
     return torch.from_numpy(np.zeros(shape, dtype=np.float32))  # takes memory only once it is written to

@@ -2,10 +2,11 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
-settings.register_profile("ci", max_examples=15, deadline=None, derandomize=True)
-settings.register_profile("nightly", max_examples=500, deadline=None, print_blob=True)
+quick = [Phase.explicit, Phase.generate]  # to make a failing example smaller takes minutes: nightly
+settings.register_profile("ci", max_examples=15, deadline=None, derandomize=True, phases=quick)
+settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

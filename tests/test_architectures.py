@@ -25,6 +25,10 @@ from tests.architectures import NETWORKS, enliven
 from tests.networks import Classifier
 from tests.reference_layers import Expected, error, own_relevance, slow
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
+]
 TARGETS = torch.tensor([0, 3, 1, 3, 1, 0])
 SETTINGS = {"relevance_threshold": 0.02, "class_fraction": 0.5, "similarity_threshold": 0.9, "calibration_samples": 0}
 CASES = [(name, layer) for name, network in NETWORKS.items() for layer in network.layers]
@@ -71,10 +75,8 @@ def test_what_is_collected_equals_the_reference(name, layer, precision):
     module, wanted = net.get_submodule(layer), expected(name, layer, dtype)
     record = collect(net, layer, images, autocast)
     n_channels = record.relevance.shape[1]
-    image, channel = (
-        part.flatten() for part in torch.meshgrid(torch.arange(6), torch.arange(n_channels), indexing="ij")
-    )
-    vectors = source_relevances(module, record.seen, record.gradient, image, channel).unflatten(0, (6, n_channels))
+    everything = torch.arange(6).repeat_interleave(n_channels), torch.arange(n_channels).repeat(6)
+    vectors = source_relevances(module, record.seen, record.gradient, *everything).unflatten(0, (6, n_channels))
     sums = window_sums(module, record.seen)
     assert min(part.dtype.itemsize for part in (record.relevance, record.gradient, vectors, sums)) >= 4
     assert error(record.relevance, wanted.relevance) < tolerance
@@ -194,6 +196,8 @@ LIGHTNINGS_PRECISIONS = {
 }
 
 
+# Compiled, in 64-true and bf16-true, these fail as of b8cc20d: `ChannelStatistics` takes its precision from torch's
+# default, which is Lightning's while a step is rehearsed.
 @pytest.mark.parametrize("way", [left_alone, compiled_in_place])
 @pytest.mark.parametrize("precision", LIGHTNINGS_PRECISIONS)
 @pytest.mark.parametrize("name", ["bottleneck", "mobilenet", "convnext", "vit", "conv1d"])
@@ -219,6 +223,7 @@ class MakesTensors(nn.Module):
         return self.net(x + torch.zeros(x.shape[1:]))
 
 
+# Left alone in bf16-true this fails as of b8cc20d: the first call is made again without Lightning's default precision.
 @pytest.mark.parametrize("way", [left_alone, compiled_in_place])
 @pytest.mark.parametrize("precision", LIGHTNINGS_PRECISIONS)
 def test_a_layer_is_chosen_in_lightnings_precisions(precision, way, tmp_path):
@@ -265,6 +270,7 @@ def test_without_scaling_they_would_vanish(monkeypatch):
     assert error(found.relevance, expected("conv3d", "5").relevance * 1e-7) > 0.1
 
 
+# Fails in float16 as of b8cc20d: `source_relevances` multiplies matrices under the caller's autocast, unscaled.
 @pytest.mark.parametrize(("autocast", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 2e-2)])
 def test_vectors_are_right_under_the_callers_autocast(autocast, tolerance):
     net, images = Rescaled(1e-6), plain("conv3d")[1]
@@ -282,6 +288,7 @@ class SinglePrecision(Rescaled):
             return super().forward(x)
 
 
+# Fails as of b8cc20d: the backward pass runs under the caller's autocast, whatever the forward pass did.
 @pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
 def test_the_backward_pass_has_the_precision_of_the_forward_pass(autocast):
     found = collect(SinglePrecision(1e-9), "net.5", plain("conv3d")[1], autocast)
@@ -298,7 +305,7 @@ def test_splits_preserve_the_network_and_come_undone(name, layer):
     channels = (len(module.weight) - 1, 1)
     splits = [ChannelSplit(layer, *parts) for parts in zip(channels, concepts, shares, strict=True)]
     split = disentangle(net, SplitPlan(splits))
-    before, after = net(images), split(images)
+    before, after = net(images).detach(), split(images).detach()
     assert not torch.equal(split.get_submodule(layer).expand.weight[: len(module.weight)], module.weight)
     torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-10 * float(before.abs().max()))
     restored = split.get_submodule(layer).undo()

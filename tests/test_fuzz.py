@@ -2,9 +2,11 @@
 
 import copy
 import tempfile
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from itertools import combinations, pairwise, product
 
+import pytest
 import torch
 from hypothesis import assume, given, note
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from lightning_polydis.surgery import rebuild_splits, stored_plan
 from tests import reference
 from tests.reference_layers import Expected, own_relevance, slow
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 SIZES = {"conv1d": (9,), "conv2d": (7, 6), "conv3d": (5, 4, 4)}
 CONVS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 BATCH_NORMS = {"conv1d": nn.BatchNorm1d, "conv2d": nn.BatchNorm2d, "conv3d": nn.BatchNorm3d}
@@ -175,6 +178,13 @@ def is_same(first: nn.Module, second: nn.Module) -> bool:
     return all(name == other and torch.equal(value, wanted) for (name, value), (other, wanted) in pairs)
 
 
+def is_same_plan(found: Iterable[ChannelSplit], wanted: Iterable[ChannelSplit]) -> bool:
+    first, second = (
+        [{**vars(split), "membership": split.membership.tolist()} for split in plan] for plan in (found, wanted)
+    )
+    return first == second
+
+
 @given(networks(), st.data())
 def test_a_plan_changes_no_output_and_comes_undone(case, data):
     (net, images), plan = case, plan_for(data.draw, case[0])
@@ -185,15 +195,25 @@ def test_a_plan_changes_no_output_and_comes_undone(case, data):
     assert torch.equal(undone(split)(images), before)
 
 
+def train(layer: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in layer.expand.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def parts_of(layer: nn.Module) -> dict[int, Tensor]:
+    """Weights of the channels that each split channel consists of."""
+    channels = layer.channels.tolist() if hasattr(layer, "channels") else []
+    return {channel: layer.expand.weight[layer.part_rows(channel)] for channel in channels}
+
+
 @given(networks(), st.data())
 def test_what_was_trained_since_is_folded(case, data):
     (net, images), plan = case, plan_for(data.draw, case[0])
     split = disentangle(net, plan)
     torch.manual_seed(data.draw(seeds))
-    with torch.no_grad():
-        for name in plan.layers:
-            for parameter in split.get_submodule(name).expand.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    for name in plan.layers:
+        train(split.get_submodule(name))
     assert is_close(undone(split)(images), split(images))
 
 
@@ -202,16 +222,17 @@ def test_channels_may_be_split_one_after_another(case, data):
     (net, images), plan = case, plan_for(data.draw, case[0])
     split, trained = net, data.draw(st.booleans())
     for part in plan:
-        before = split(images)
+        before, parts = split(images), parts_of(split.get_submodule(part.layer))
         split = disentangle(split, SplitPlan([part]))
+        layer = split.get_submodule(part.layer)
         assert is_close(split(images), before)
+        assert all(torch.equal(kept, parts_of(layer)[channel]) for channel, kept in parts.items())
         if trained:
-            with torch.no_grad():
-                split.get_submodule(part.layer).expand.weight.mul_(1.01)
+            train(layer)
     assert trained or is_same(undone(split), net)
     assert is_close(undone(split)(images), split(images))
     for name in plan.layers:
-        assert stored_plan(split).of_layer(name) == plan.of_layer(name)
+        assert is_same_plan(stored_plan(split).of_layer(name), plan.of_layer(name))
 
 
 @given(networks(), st.data())
@@ -224,14 +245,13 @@ def test_plans_and_split_networks_survive_being_saved(case, data):
         plan.save(f"{folder}/plan.json")
         torch.save(split.state_dict(), f"{folder}/weights.pt")
         loaded, state = SplitPlan.load(f"{folder}/plan.json"), torch.load(f"{folder}/weights.pt", weights_only=True)
-    assert loaded == plan
-    assert all(torch.equal(a.membership, b.membership) for a, b in zip(loaded, plan, strict=True))
+    assert is_same_plan(loaded, plan)
     assert set(rebuild_splits(fresh, state)) == set(plan.layers)
     fresh.load_state_dict(state)
     assert torch.equal(fresh(images), split(images))
     assert is_same(undone(fresh), net)
     for name in plan.layers:
-        assert stored_plan(fresh).of_layer(name) == plan.of_layer(name)
+        assert is_same_plan(stored_plan(fresh).of_layer(name), plan.of_layer(name))
 
 
 def has_tie(relevance: Tensor, thresholds: tuple[float, ...]) -> bool:
