@@ -13,7 +13,7 @@ demo: $(VENV)/.installed  ## train on handwritten digits, find polysemantic chan
 	$(RUN) examples/digits.py
 
 test: $(VENV)/.installed  ## doctests and tests, with branch coverage
-	$(RUN) -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(RUN) -m pytest -n auto --dist loadfile --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 nightly: $(VENV)/.installed  ## many random networks
 	HYPOTHESIS_PROFILE=nightly $(RUN) -m pytest tests/test_fuzz.py

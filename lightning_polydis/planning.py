@@ -11,6 +11,7 @@ import torch
 from lightning_polydis.calibration import CalibratedThresholds
 from lightning_polydis.detection import LayerDetection, SimilarityRule, averaged_relevance_vectors, detect
 from lightning_polydis.evaluation import SplitEvaluator
+from lightning_polydis.forward import full_precision
 from lightning_polydis.layers import flat_weight, sources_of
 from lightning_polydis.membership import paper_membership
 from lightning_polydis.plan import ChannelSplit
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_polydis.evaluation import SplitQuality
-    from lightning_polydis.layers import LinearLayer
+    from lightning_polydis.forward import full_precision
+from lightning_polydis.layers import LinearLayer
     from lightning_polydis.settings import AnalysisSettings
     from lightning_polydis.statistics import ClassStatistics, Samples
     from lightning_polydis.vectors import ClassVectors
@@ -109,6 +111,7 @@ class LayerEvidence:
         return detect(self.name, self.relevant(), self.similarities, self.rule)
 
 
+@full_precision()
 def plan_splits(evidence: LayerEvidence, wanted: Sequence[tuple[int, list[list[int]]]]) -> list[ChannelSplit]:
     """Choose memberships of some channels' sources by the method of the settings.
 
@@ -145,6 +148,7 @@ def _paper_split(evidence: LayerEvidence, samples: Samples, channel: int, concep
     return ChannelSplit(evidence.name, channel, concepts, membership, rho)
 
 
+@full_precision()
 def judge_splits(evidence: LayerEvidence, splits: Sequence[ChannelSplit]) -> list[SplitQuality]:
     """Quality of splits of one layer on the samples that took no part in choosing them (empty without such samples)."""
     held_out = evidence.judged_on()

@@ -196,8 +196,6 @@ LIGHTNINGS_PRECISIONS = {
 }
 
 
-# Compiled, in 64-true and bf16-true, these fail as of b8cc20d: `ChannelStatistics` takes its precision from torch's
-# default, which is Lightning's while a step is rehearsed.
 @pytest.mark.parametrize("way", [left_alone, compiled_in_place])
 @pytest.mark.parametrize("precision", LIGHTNINGS_PRECISIONS)
 @pytest.mark.parametrize("name", ["bottleneck", "mobilenet", "convnext", "vit", "conv1d"])
@@ -223,7 +221,6 @@ class MakesTensors(nn.Module):
         return self.net(x + torch.zeros(x.shape[1:]))
 
 
-# Left alone in bf16-true this fails as of b8cc20d: the first call is made again without Lightning's default precision.
 @pytest.mark.parametrize("way", [left_alone, compiled_in_place])
 @pytest.mark.parametrize("precision", LIGHTNINGS_PRECISIONS)
 def test_a_layer_is_chosen_in_lightnings_precisions(precision, way, tmp_path):
@@ -270,7 +267,6 @@ def test_without_scaling_they_would_vanish(monkeypatch):
     assert error(found.relevance, expected("conv3d", "5").relevance * 1e-7) > 0.1
 
 
-# Fails in float16 as of b8cc20d: `source_relevances` multiplies matrices under the caller's autocast, unscaled.
 @pytest.mark.parametrize(("autocast", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 2e-2)])
 def test_vectors_are_right_under_the_callers_autocast(autocast, tolerance):
     net, images = Rescaled(1e-6), plain("conv3d")[1]
@@ -288,7 +284,6 @@ class SinglePrecision(Rescaled):
             return super().forward(x)
 
 
-# Fails as of b8cc20d: the backward pass runs under the caller's autocast, whatever the forward pass did.
 @pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
 def test_the_backward_pass_has_the_precision_of_the_forward_pass(autocast):
     found = collect(SinglePrecision(1e-9), "net.5", plain("conv3d")[1], autocast)
@@ -328,3 +323,15 @@ def test_depthwise_layers_are_refused(name):
     net, images = plain(name)
     with pytest.raises(ValueError, match="a depthwise `Conv2d`"):
         find_polysemantic_channels(net, [(images, TARGETS)], NETWORKS[name].depthwise, progress=False)
+
+
+@pytest.mark.parametrize("method", ["paper", "optimized"])
+def test_plan_and_quality_do_not_depend_on_the_callers_autocast(method):
+    net, images = plain("conv1d")
+    settings = {**SETTINGS, "calibration_samples": 8, "method": method, "progress": False}
+    plain_report, other = (find_polysemantic_channels(net, [(images, TARGETS)], "5", **settings) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        plan, quality = other.plan, other.quality
+    assert len(plan) > 0
+    assert plan == plain_report.plan
+    assert quality == plain_report.quality
