@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_polydis.evaluation import SplitQuality
-    from lightning_polydis.forward import full_precision
-from lightning_polydis.layers import LinearLayer
+    from lightning_polydis.layers import LinearLayer
     from lightning_polydis.settings import AnalysisSettings
     from lightning_polydis.statistics import ClassStatistics, Samples
     from lightning_polydis.vectors import ClassVectors
