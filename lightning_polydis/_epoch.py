@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_polydis._checks import InputError
-from lightning_polydis._trainer import Rehearsals, chosen_loader, is_wrapped, weights_note
+from lightning_polydis._rehearsals import Rehearsals
+from lightning_polydis._trainer import chosen_loader, is_wrapped, weights_note
 from lightning_polydis.analysis import ChannelAnalysis
 from lightning_polydis.split_analysis import SplitAnalysis
 
@@ -60,6 +61,7 @@ class AnalysedEpoch:
         module: The LightningModule.
         settings: How to analyse.
         plan: The splits that the module has; with any, they are judged, and nothing else is analysed.
+        all_layers: The layers that this and other callbacks analyse; `None`: not known yet.
         dataloader: Which validation loader is analysed, by place or key; `None`: all.
         strict: Whether internal failures raise.
     """
@@ -70,6 +72,7 @@ class AnalysedEpoch:
         module: pl.LightningModule,
         settings: AnalysisSettings,
         plan: SplitPlan,
+        all_layers: list[str] | None,
         dataloader: int | str | None,
         strict: bool,
     ) -> None:
@@ -77,7 +80,7 @@ class AnalysedEpoch:
         self._analysis: ChannelAnalysis | SplitAnalysis | None = None  # `None` once it has failed in this process
         with self._guarded():
             self._loader = chosen_loader(trainer, dataloader)
-            self._rehearsals = Rehearsals(trainer, module, settings.layer_names)
+            self._rehearsals = Rehearsals(trainer, module, all_layers, settings.logits_module)
             if len(plan):
                 self._analysis = SplitAnalysis(module, plan, settings)
             else:
@@ -88,9 +91,10 @@ class AnalysedEpoch:
 
     def drop(self) -> None:
         """Take hooks off and let data go."""
-        if self._analysis is not None:
-            self._analysis.release()
-        self._analysis = None
+        analysis, self._analysis = self._analysis, None
+        if analysis is not None:
+            self._rehearsals.release()
+            analysis.release()
 
     def start_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Get ready for the step on a batch, or rehearse it."""
@@ -104,21 +108,25 @@ class AnalysedEpoch:
 
     def finish_batch(self, dataloader_idx: int) -> None:
         """Take in what the step has shown."""
-        if self._analysis is None or self._rehearsals.needed or self._loader not in (None, dataloader_idx):
+        if self._analysis is None or self._loader not in (None, dataloader_idx):
             return
         with self._guarded():
-            self._analysis.finish_batch()
+            if self._rehearsals.needed:
+                self._rehearsals.after_step()
+            else:
+                self._analysis.finish_batch()
 
     def result(self) -> PolysemanticityReport | list[SplitQuality] | None:
         """The report, or the quality of the splits; `None`, in all processes, if the analysis failed in any."""
-        with self._guarded():
-            if self._analysis is not None and self._analysis.is_empty and self._trainer.world_size > 1:
-                raise RuntimeError("No batch was analysed in this process; every process needs some.")
+        if self._analysis is not None and self._analysis.is_empty:
+            warnings.warn("No batch was analysed in this epoch, as there was none.", stacklevel=2)
+            self.drop()
         if not self._is_well_everywhere():  # or the others would wait for this one
             return None
         found = None
         with self._guarded():
             assert self._analysis is not None  # all is well
+            self._analysis.gather()
             found = self._analysis.compute()
         return found if self._is_well_everywhere() else None  # logging makes the processes wait again
 
@@ -127,6 +135,6 @@ class AnalysedEpoch:
         if self._trainer.strategy.reduce_boolean_decision(is_well):
             return True
         if is_well:
-            rank_zero_warn("The analysis of this epoch failed in another process and is dropped.")
+            rank_zero_warn("The analysis of this epoch is dropped: it failed in another process, or had no batch.")
         self.drop()
         return False

@@ -39,9 +39,8 @@ class Outputs:
 
     def after_epoch(self, report: PolysemanticityReport, step: int) -> None:
         """Write the report of an epoch that was analysed at a global step."""
-        with _writing("The report", "the loggers"):
-            log_report(self._trainer.loggers, report, step)
         self._save(report, "report.json")
+        self._log(report, step)
 
     def after_run(self, report: PolysemanticityReport, step: int) -> None:
         """Choose and judge the plan, write everything, show the table."""
@@ -49,12 +48,17 @@ class Outputs:
         report.judge()
         if self._is_asked_for:  # counting takes time, and somebody will see it
             _ = report.sweeps
-        self.after_epoch(report, step)  # once more, with the splits' quality
+        self._save(report, "report.json")  # once more, with the splits' quality
         if plan is not None:
             self._save(plan, "split_plan.json")
+        self._log(report, step)
         with _writing("The settings' sweep", "the loggers"):
             log_sweeps(self._trainer.loggers, report, step)
         show_report(report)
+
+    def _log(self, report: PolysemanticityReport, step: int) -> None:
+        with _writing("The report", "the loggers"):
+            log_report(self._trainer.loggers, report, step)
 
     def _save(self, result: PolysemanticityReport | SplitPlan, name: str) -> None:
         if self._folder is not None:

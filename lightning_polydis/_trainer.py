@@ -7,21 +7,14 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.rehearsal import copied, is_compiled, loses_fast_path, rehearsal
 from lightning_polydis.splitting import SplitLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     import lightning.pytorch as pl
     from torch.optim import Optimizer
-
-    from lightning_polydis.analysis import ChannelAnalysis
-    from lightning_polydis.split_analysis import SplitAnalysis
 
 
 def check_strategy(trainer: pl.Trainer, *, split: bool) -> None:
@@ -70,6 +63,15 @@ def chosen_loader(trainer: pl.Trainer, wanted: int | str | None) -> int | None:
     if wanted is None or trainer.state.fn == TrainerFn.TESTING:
         return None
     loaders = trainer.val_dataloaders
+    parts = list(loaders.values()) if isinstance(loaders, dict) else loaders
+    is_nested = isinstance(parts, list | tuple) and any(isinstance(part, list | tuple | dict) for part in parts)
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+    if is_nested or not loop._is_sequential:
+        raise InputError(
+            "Argument `dataloader` needs a list or dictionary of loaders that come one after the other, but got "
+            f"{'nested ones' if is_nested else 'a `CombinedLoader` of another mode'}. Leave it out to analyse all."
+        )
     n_loaders = len(loaders) if isinstance(loaders, list | tuple | dict) else 1
     names = list(loaders) if isinstance(loaders, dict) else []
     if wanted in names:
@@ -104,7 +106,7 @@ def check_optimizer_states(optimizers: list[Optimizer], module: nn.Module) -> No
         if not isinstance(layer, SplitLayer):
             continue
         states = [(own, optimizer.state.get(own, {})) for optimizer in optimizers for own in layer.expand.parameters()]
-        if any(_is_of_other_shape(value, own) for own, state in states for value in state.values()):
+        if any(_is_stale(list(state.values()), own) for own, state in states):
             raise InputError(
                 f"The optimizer's state in this checkpoint is of the time before layer `{name}` was split, and does "
                 "not fit the split layer. Start with a new optimizer: "
@@ -113,10 +115,15 @@ def check_optimizer_states(optimizers: list[Optimizer], module: nn.Module) -> No
             )
 
 
-def _is_of_other_shape(value: Any, parameter: Tensor) -> bool:
-    """Whether an optimizer's state was made for a parameter of another shape; 1 stands for a mean (Adafactor)."""
-    if not isinstance(value, Tensor) or value.ndim != parameter.ndim:
-        return False
+def _is_stale(values: list[Any], parameter: Tensor) -> bool:
+    """Whether an optimizer's state was made for a parameter of another shape."""
+    values = [value for value in values if isinstance(value, Tensor) and value.ndim == parameter.ndim]
+    fits = any(value.shape == parameter.shape for value in values)  # then others are matrices of the optimizer's own
+    return not fits and any(_is_of_other_shape(value, parameter) for value in values)
+
+
+def _is_of_other_shape(value: Tensor, parameter: Tensor) -> bool:
+    """Whether sizes differ; 1 stands for a mean (Adafactor)."""
     return any(size not in (1, wanted) for size, wanted in zip(value.shape, parameter.shape, strict=True))
 
 
@@ -124,41 +131,3 @@ def averaged_twins(trainer: pl.Trainer) -> list[nn.Module]:
     """Copies of the module that averages of weights keep, found by the name under which Lightning's keep them."""
     averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
     return [getattr(average, "module", average) for average in averages if average is not None]
-
-
-class Rehearsals:
-    """Rehearses the steps of a LightningModule that has to be left alone while it runs.
-
-    Args:
-        trainer: In validation or test.
-        module: The LightningModule.
-        layers: The layers to be analysed; `None`: not known yet.
-
-    Attributes:
-        needed: Whether the module is such a one.
-    """
-
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, layers: Sequence[str] | None) -> None:
-        testing = trainer.state.fn == TrainerFn.TESTING
-        plugin = trainer.precision_plugin
-        self._context = plugin.test_step_context if testing else plugin.val_step_context
-        self._step: Callable[..., Any] = module.test_step if testing else module.validation_step
-        self._module = module
-        loaders = trainer.test_dataloaders if testing else trainer.val_dataloaders
-        self._several = isinstance(loaders, list | tuple | dict) and len(loaders) > 1
-        self.needed = is_compiled(module, self._step) or loses_fast_path(module, layers)
-
-    def rehearse(
-        self, analysis: ChannelAnalysis | SplitAnalysis, batch: Any, batch_idx: int, dataloader_idx: int
-    ) -> None:
-        """Let the analysis see a step on a batch before the real one."""
-        arguments = [copied(batch)]
-        if is_param_in_hook_signature(self._step, "batch_idx", min_args=2):
-            arguments.append(batch_idx)
-        if self._several:
-            arguments.append(dataloader_idx)
-        analysis.start_batch(batch, rehearsal=True)
-        with rehearsal(self._module), self._context():
-            self._step(*arguments)
-        with rehearsal(self._module), self._context():
-            analysis.finish_batch()

@@ -35,6 +35,8 @@ from lightning_polydis.vectors import RelevanceVectors
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from torchmetrics import Metric
+
     from lightning_polydis.detection import LayerDetection
     from lightning_polydis.settings import AnalysisSettings
     from lightning_polydis.statistics import Samples
@@ -142,6 +144,11 @@ class ChannelAnalysis:
             call.replay()
 
     @property
+    def outermost(self) -> nn.Module | None:
+        """The module whose call contained the layers, once a pass was seen."""
+        return self._observer.outermost if isinstance(self._observer, RelevanceCollector) else None
+
+    @property
     def is_empty(self) -> bool:
         """Whether not a single batch was taken in."""
         return not self._statistics
@@ -153,8 +160,22 @@ class ChannelAnalysis:
     def release(self) -> None:
         """Take every hook off and let the data go; metrics refer to themselves, so nothing else frees them soon."""
         self.close()
-        for metric in (*self._statistics.values(), *self._vectors.values(), *self._samples.values()):
+        for metric in self._metrics():
+            if metric._is_synced:
+                metric.unsync()
             metric.reset()
+
+    def _metrics(self) -> list[Metric]:
+        return [*self._statistics.values(), *self._vectors.values(), *self._samples.values()]
+
+    def gather(self) -> None:
+        """Exchange what the processes of a distributed run have seen; all of them, and then ``compute`` does not."""
+        for vectors in self._vectors.values():
+            vectors.trim()
+        for samples in self._samples.values():
+            samples.join()
+        for metric in self._metrics():
+            metric.sync()
 
     def _add(self, records: dict[str, LayerRecord], collector: RelevanceCollector) -> None:
         if not self._statistics:
@@ -212,6 +233,7 @@ class ChannelAnalysis:
         # Now, because by the end of the epoch somebody may have exchanged the weights.
         self._copies = {name: plain_copy(layer) for name, layer in self._layers.items()}
         per_class = self._affordable_samples(records, num_classes)
+        keeps = self._settings.calibration_samples != 0  # the same in all processes, whatever they can afford
         for name, record in records.items():
             n_channels, device = record.relevance.shape[1], record.relevance.device
             n_inputs = inputs_per_channel(self._layers[name])
@@ -222,7 +244,7 @@ class ChannelAnalysis:
             if optimized:
                 memory = self._settings.vector_bytes / len(records)
                 self._vectors[name] = RelevanceVectors(num_classes, n_channels, n_inputs, memory).to(device)
-            if per_class != 0:
+            if keeps:
                 self._samples[name] = CalibrationSamples(per_class, process_group=self._cpu_group)
 
     def _affordable_samples(self, records: dict[str, LayerRecord], num_classes: int) -> int | None:
@@ -263,7 +285,7 @@ class ChannelAnalysis:
             settings={"layers": list(self._layers), **self._settings.to_json()},
             n_images=int(statistics.n_images.sum()),
             n_images_left_out=statistics.n_left_out,
-            class_names=None if self._settings.class_names is None else list(self._settings.class_names),
+            class_names=None if self._settings.class_names is None else list(map(str, self._settings.class_names)),
             notes=[*self._notes, *_remarks(statistics.n_images, statistics.n_left_out), *_losses(evidence)],
             _evidence=evidence,
         )
@@ -271,7 +293,6 @@ class ChannelAnalysis:
     def _evidence(self, name: str, layer: LinearLayer) -> LayerEvidence:
         vectors: ClassVectors | None = None
         if name in self._vectors:
-            self._vectors[name].trim()
             vectors = self._vectors[name].compute()
         samples: Samples | None = self._samples[name].compute() if name in self._samples else None
         statistics = self._statistics[name].compute()

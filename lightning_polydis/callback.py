@@ -37,8 +37,8 @@ class ChannelDisentanglement(Callback):
     Validation's own forward pass is the one that is measured: hooks turn gradients on behind the layer and off at the
     logits, and one backward pass between the two gives the relevances (gradient x input). Losses, metrics and the
     network's state are what they would be without the callback. A network that this would change (a compiled one, or
-    attention with a fast path behind the layer) is left alone: before each step its code is run once more, uncompiled
-    and only up to the logits (see `rehearsal`). At the end of the epoch the channels are reported:
+    attention with a fast path or an LSTM behind the layer) is left alone: before each step its code is run once more,
+    uncompiled and only up to the logits (see `rehearsal`). At the end of the epoch the channels are reported:
     scalars ``polydis/<layer>/n_polysemantic``, ``n_pairs``, ``n_candidates``, ``mean_cosine`` and ``min_cosine`` (to
     be monitored like any other), a table in TensorBoard, ``report.json``; when the run ends, ``split_plan.json`` and a
     table in the console. Works in ``fit``, ``validate`` and ``test``; the sanity check is skipped.
@@ -162,6 +162,7 @@ class ChannelDisentanglement(Callback):
         self._n_validations = 0
         self._inference_loops: list[Any] = []
         self._load_hooks: list[RemovableHandle] = []
+        self._stage: str | None = None
 
     @property
     def report(self) -> PolysemanticityReport | None:
@@ -192,8 +193,10 @@ class ChannelDisentanglement(Callback):
         self._n_validations = 0
         self._is_news = self._is_current = False
         self._chosen = None
-        with in_lightnings_words():
-            check_strategy(trainer, split=self.split)
+        self._stage = stage
+        if stage != "predict":
+            with in_lightnings_words():
+                check_strategy(trainer, split=self.split and stage == "fit")
         if not len(stored_plan(pl_module)):
             self._applied = None
         with in_lightnings_words():
@@ -227,6 +230,8 @@ class ChannelDisentanglement(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._stage not in (None, "fit") or self._applied is not None:
+            return  # what a run finds, or has led to a split, is not replaced by what a checkpoint remembers
         try:
             state = CallbackState.from_dict(state_dict)
         except InputError as error:  # no reason not to go on with the training
@@ -250,6 +255,7 @@ class ChannelDisentanglement(Callback):
         for loop in self._inference_loops:
             loop.inference_mode = True
         self._inference_loops = []
+        self._stage = None
 
     def _drop_epoch(self) -> None:
         if self._epoch is not None:
@@ -263,10 +269,17 @@ class ChannelDisentanglement(Callback):
             return
         plan = self._plan_in(pl_module)  # a split network is only evaluated: report and plan stay those that led to it
         self._applied = (self._applied or plan) if len(plan) else None
-        settings = replace(self._settings, layers=self._settings.layers if self._chosen is None else self._chosen)
-        self._epoch = AnalysedEpoch(trainer, pl_module, settings, plan, self.dataloader, self.strict)
+        settings = replace(self._settings, layers=self._layers)
+        layers = [other._layers for other in _instances(trainer)]
+        known = None if None in layers else [name for names in layers for name in names or []]
+        self._epoch = AnalysedEpoch(trainer, pl_module, settings, plan, known, self.dataloader, self.strict)
 
     on_test_start = on_validation_start
+
+    @property
+    def _layers(self) -> list[str] | None:
+        """The layers that are analysed, `None` as long as they are not chosen."""
+        return self._settings.layer_names if self._chosen is None else self._chosen
 
     def _plan_in(self, pl_module: pl.LightningModule) -> SplitPlan:
         """The splits that the module has in the layers of this callback."""
@@ -330,8 +343,9 @@ class ChannelDisentanglement(Callback):
             _ = result.plan  # so that the checkpoint of this epoch holds it
 
     def _outputs(self, trainer: pl.Trainer) -> Outputs:
-        alone = len(_instances(trainer)) == 1
-        return Outputs(trainer, self.dirpath, "" if alone else f"{'+'.join(self._chosen or [])}.")
+        names = self._chosen or []
+        prefix = "+".join(names) if len(names) < 4 else f"{names[0]}+{len(names) - 1}"  # file names are not endless
+        return Outputs(trainer, self.dirpath, f"{prefix}." if len(_instances(trainer)) > 1 else "")
 
     on_test_epoch_end = on_validation_epoch_end
 

@@ -20,7 +20,6 @@ from lightning_polydis.forward import (
     PassDone,
     default_logits,
     detached,
-    first_outside,
     full_precision,
     has_own_parameters,
     path_to,
@@ -117,6 +116,7 @@ class RelevanceCollector:
         self._num_classes = num_classes
         self._watch_followers = logits_module is None  # until one pass has gone well
         self._rehearsal = False
+        self.outermost: nn.Module | None = None  # the module whose call contained the layers
         self._handles: list[RemovableHandle] = []
         self.num_logits: int | None = None
         self.logits_are_normalised = False
@@ -149,7 +149,8 @@ class RelevanceCollector:
             self._handles.append(layer.register_forward_hook(self._layer_hook(name), with_kwargs=True))
         if self._logits_module is not None:
             self._handles.append(modules[self._logits_module].register_forward_hook(self._leave_head))
-        self._stack = CallStack([modules[path] for path in containers], self._leave, self._model if wrapped else None)
+        skip = self._model if wrapped else None
+        self._stack = CallStack([modules[path] for path in containers], self._leave, skip, on_failure=self._fail)
         self._handles += self._stack.handles
         if self._watch_followers and not rehearsal:
             self._hook_followers(modules)
@@ -172,16 +173,13 @@ class RelevanceCollector:
         if problem is not None:
             raise problem if follower is None else _with_follower(problem, follower)
         if follower is not None:
-            ran = "may run" if self._rehearsal else "ran"
-            raise InputError(
-                f"Module `{follower}` {ran} after the output that was taken for the logits. If it produces the logits, "
-                f'pass `logits_module="{follower}"`; if not, pass the name of the module that does.'
-            )
+            raise InputError(follower_text(follower))
         missing = ", ".join(f"`{name}`" for name in self._layers if name not in records)
         if missing:
             raise InputError(
                 f"Expected every layer to run once in each forward pass, but {missing} did not run, or not through "
-                "the `__call__` of a module that contains it. Choose other `layers`, or call modules, not `forward`."
+                "the `__call__` of a module that contains it, or in a function that is compiled by `torch.compile`. "
+                "Choose other `layers`, or call (and compile) modules, not `forward`."
             )
         self._watch_followers = False
         return records
@@ -252,11 +250,15 @@ class RelevanceCollector:
         return kept.clone()
 
     def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        self.outermost = module
         if self._logits_module is not None:
             return None
-        if self._rehearsal and self._watch_followers:  # nothing after the logits will be seen
-            self._follower = first_outside(self._model, module)
         return self._finish_pass(output)
+
+    def _fail(self) -> None:
+        """The network's own exception; whoever made the pass deals with it."""
+        if self._stage != "done" and not self._is_shut_out():
+            self._stop(RuntimeError("The network's forward pass ended by an exception."))
 
     def _leave_head(self, module: nn.Module, args: Any, output: Any) -> Any:
         return self._finish_pass(output)
@@ -282,8 +284,9 @@ class RelevanceCollector:
     def _take_relevances(self) -> None:
         problem = None
         try:
+            logits = self._checked_logits(self._output)
             with full_precision():
-                self._records = self._relevances(self._checked_logits(self._output))
+                self._records = self._relevances(logits)
         except Exception as error:  # kept, and raised by `finish`
             problem = error
         self._stop(problem)
@@ -362,7 +365,7 @@ class RelevanceCollector:
     def _hook_followers(self, modules: dict[str, nn.Module]) -> None:
         """Notice modules with parameters that run after the supposed logits, as in ``head(backbone(x))``."""
         for name, module in modules.items():
-            if has_own_parameters(module):
+            if has_own_parameters(module) and not isinstance(module, torch.jit.ScriptModule):
                 self._handles.append(module.register_forward_pre_hook(self._follower_hook(name)))
 
     def _follower_hook(self, name: str) -> Callable[[nn.Module, Any], None]:
@@ -371,6 +374,14 @@ class RelevanceCollector:
                 self._follower = name
 
         return hook
+
+
+def follower_text(follower: str, ran: str = "ran") -> str:
+    """What to do about a module that ran (or may run) after what was taken for the logits."""
+    return (
+        f"Module `{follower}` {ran} after the output that was taken for the logits. If it produces the logits, "
+        f'pass `logits_module="{follower}"`; if not, pass the name of the module that does.'
+    )
 
 
 def _with_follower(problem: Exception, follower: str) -> Exception:

@@ -17,7 +17,6 @@ from lightning_polydis.forward import (
     PassDone,
     default_dtype,
     default_logits,
-    first_outside,
     path_to,
     untouched,
 )
@@ -102,7 +101,7 @@ class LayerDiscovery:
         self._call: ForwardCall | None = None
         self._outside: str | None = None
         self._outputs: dict[str, weakref.ref[Tensor]] = {}
-        self._problem: InputError | None = None
+        self._problem: Exception | None = None
         self._logits_layers: list[str] = []
         self._width: int | None = None
 
@@ -121,7 +120,7 @@ class LayerDiscovery:
             self._handles.append(modules[self._logits_module].register_forward_hook(self._head_hook))
         containers = dict.fromkeys(path for name in self._candidates for path in path_to(name))
         skip = self._model if wrapped else None
-        self._stack = CallStack([modules[path] for path in containers], self._leave, skip, self._begin)
+        self._stack = CallStack([modules[path] for path in containers], self._leave, skip, self._begin, self._fail)
         self._handles += self._stack.handles
 
     def finish(self) -> tuple[str, ForwardCall]:
@@ -134,10 +133,9 @@ class LayerDiscovery:
         if self._problem is not None:
             raise self._problem
         if self._outside is not None:
-            ran = "may run" if self._rehearsal else "ran"
             raise InputError(
                 "No layer could be chosen for analysis, because the forward pass is made of several calls "
-                f"(`{self._outside}` {ran} outside the first one). Pass `layers`, and `logits_module` with the "
+                f"(`{self._outside}` ran outside the first one). Pass `layers`, and `logits_module` with the "
                 "name of the module that gives the logits."
             )
         ran_once = [name for name in self._order if self._order.count(name) == 1]
@@ -191,11 +189,13 @@ class LayerDiscovery:
         if self._begun is None:
             self._begun = ForwardCall.of(module, args, kwargs)
 
+    def _fail(self) -> None:
+        self._problem = self._problem or RuntimeError("The network's forward pass ended by an exception.")
+
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._call is None:
             self._call = self._begun
             if self._logits_module is None:
                 self._note_width(output)
-            if self._rehearsal:  # nothing after the first call will be seen
-                self._outside = self._outside or first_outside(self._model, module)
+            if self._rehearsal:
                 raise PassDone

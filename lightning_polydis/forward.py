@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,15 +40,6 @@ def has_own_parameters(module: nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False))
 
 
-def first_outside(model: nn.Module, outermost: nn.Module) -> str | None:
-    """Name of a module with parameters that is no part of the one that was called, and so may run after it."""
-    if outermost is model:
-        return None
-    inside = set(outermost.modules())
-    others = (name for name, module in model.named_modules() if module not in inside and has_own_parameters(module))
-    return next((name for name in others if name), None)
-
-
 def default_logits(output: Any) -> Any:
     """The logits in a network's output: the tensor itself, ``.logits`` or ``["logits"]``; else the output unchanged."""
     if isinstance(output, dict):
@@ -58,7 +51,7 @@ def default_logits(output: Any) -> Any:
 def full_precision() -> Iterator[None]:
     """Without the mixed precision of whoever runs the network: its backward pass and our sums need none."""
     with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
+        for device in ("cpu", "cuda", "mps", "xpu"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
@@ -82,6 +75,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         (owner, name, buffer, buffer.clone())
         for owner in model.modules()
         for name, buffer in owner.named_buffers(recurse=False)
+        if not is_lazy(buffer)
     ]
     with isolate_rng():
         try:
@@ -99,6 +93,7 @@ class CallStack:
     Args:
         modules: The modules to watch.
         on_begin: Called as ``on_begin(module, args, kwargs)`` before the outermost call.
+        on_failure: Called when the outermost call ends by an exception.
         on_end: Called as ``on_end(module, args, kwargs, output)`` when the outermost call returns; what it returns
             takes the output's place unless it is `None`.
         skip_first: A module whose first call does not count (Lightning's DDP runs ``validation_step`` through the
@@ -111,8 +106,9 @@ class CallStack:
         on_end: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any],
         skip_first: nn.Module | None = None,
         on_begin: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None,
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
-        self._on_begin, self._on_end = on_begin, on_end
+        self._on_begin, self._on_end, self._on_failure = on_begin, on_end, on_failure
         self._skip = skip_first
         self._open: list[tuple[nn.Module, bool]] = []  # running calls, and whether each counts
         self.grad_at_entry = False
@@ -140,7 +136,11 @@ class CallStack:
         if not self._open or self._open[-1][0] is not module:  # somebody else's pre-hook raised before ours ran
             return None
         _, counted = self._open.pop()
-        return self._on_end(module, args, kwargs, output) if counted and not self.running else None
+        if not counted or self.running:
+            return None
+        if output is None and sys.exc_info()[0] is not None:
+            return None if self._on_failure is None else self._on_failure()
+        return self._on_end(module, args, kwargs, output)
 
 
 def detached(output: Any) -> Any:

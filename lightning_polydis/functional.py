@@ -65,6 +65,7 @@ def find_polysemantic_channels(
     checked = AnalysisSettings(layers=layers, **settings)
     analysis = ChannelAnalysis(model, checked)
     _run(model, batches, analysis, device, "Looking for polysemantic channels" if progress else None)
+    analysis.gather()
     return analysis.compute()
 
 
@@ -126,6 +127,7 @@ def evaluate_splits(
     n_batches = _run(model, batches, analysis, device, "Evaluating splits" if progress else None)
     if not n_batches:
         raise InputError("Expected at least one batch to evaluate splits on, but the data was empty.")
+    analysis.gather()
     return analysis.compute()
 
 

@@ -169,9 +169,9 @@ class AnalysisSettings:
             "method": self.method,
             "concepts": self.concepts,
             "attribution": self.attribution,
-            "relevance_threshold": self.relevance_threshold,
-            "class_fraction": self.class_fraction,
+            "relevance_threshold": float(self.relevance_threshold),  # numpy's numbers are no plain types
+            "class_fraction": float(self.class_fraction),
             "similarity_threshold": self.threshold,
-            "leak_weight": self.leak_weight,
-            "calibration_samples": self.calibration_samples,
+            "leak_weight": float(self.leak_weight),
+            "calibration_samples": None if self.calibration_samples is None else int(self.calibration_samples),
         }

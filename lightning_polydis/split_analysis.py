@@ -68,10 +68,18 @@ class SplitAnalysis:
         """As `ChannelAnalysis.release`."""
         self.close()
 
-    def compute(self) -> list[SplitQuality]:
-        """Quality of each split over all processes, layer by layer, in the plan's order within a layer."""
+    @property
+    def outermost(self) -> nn.Module | None:
+        """As `ChannelAnalysis.outermost`."""
+        return self._collector.outermost
+
+    def gather(self) -> None:
+        """As `ChannelAnalysis.gather`."""
         for evaluator in self._evaluators.values():
             evaluator.gather()
+
+    def compute(self) -> list[SplitQuality]:
+        """Quality of each split over all processes, layer by layer, in the plan's order within a layer."""
         return [quality for evaluator in self._evaluators.values() for quality in evaluator.compute()]
 
 

@@ -48,13 +48,15 @@ class CallbackState:
             ValueError: If a newer version wrote it, or it is damaged.
         """
         version = content.get("format_version", FORMAT_VERSION)
-        if version > FORMAT_VERSION:
+        if isinstance(version, int) and version > FORMAT_VERSION:
             raise InputError(
                 f"Expected a callback state with a format_version of at most {FORMAT_VERSION}, but got {version!r}. It "
                 "was written by a newer lightning_polydis: update the package."
             )
         report, plan = content.get("report"), content.get("plan")
         try:
+            if not isinstance(version, int):
+                raise TypeError(f"a format_version of {version!r}")
             return CallbackState(
                 None if report is None else _report(report, plan),
                 content.get("analysed_step", -1),

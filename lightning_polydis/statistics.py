@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,7 +127,7 @@ class ChannelStatistics(Metric):
         window_shape: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(compute_with_cache=False, **kwargs)
+        super().__init__(compute_with_cache=False, sync_on_compute=False, **kwargs)
         self.relevance_thresholds = tuple(relevance_thresholds)
         self._has_windows = window_shape is not None
         shape = (num_classes, n_channels)
@@ -273,15 +272,17 @@ class CalibrationSamples(Metric):
     """
 
     full_state_update = False
+    limit: Tensor
     inputs: list[Tensor]
     targets: list[Tensor]
     relevant: list[Tensor]
 
     def __init__(self, per_class: int | None, **kwargs: Any) -> None:
-        super().__init__(compute_with_cache=False, **kwargs)
+        super().__init__(compute_with_cache=False, sync_on_compute=False, **kwargs)
         self.per_class = per_class
-        for name in ("inputs", "targets", "relevant"):
-            self.add_state(name, [], dist_reduce_fx="cat")
+        self.add_state("limit", torch.tensor(-1 if per_class is None else per_class), dist_reduce_fx="min")
+        for name in ("inputs", "targets", "relevant"):  # not joined: inputs of other processes may have another shape
+            self.add_state(name, [], dist_reduce_fx=None)
         self._kept: Counter[int] = Counter()
 
     def wanted(self, inputs: Tensor, targets: Tensor) -> list[int]:
@@ -318,14 +319,26 @@ class CalibrationSamples(Metric):
         self.targets.append(targets.cpu())
         self.relevant.append(relevant.cpu())
 
+    def join(self) -> None:
+        """Make one piece of all samples, before the processes exchange theirs. The last thing before ``compute``."""
+        if self.inputs:
+            self.inputs, self.targets = [_joined(self.inputs)], [torch.cat(self.targets)]
+            self.relevant = [torch.cat(self.relevant)]
+
     def compute(self) -> Samples | None:
-        """The samples of all processes, at most ``per_class`` of each class; `None` if there are none."""
-        if not sum(map(len, self.targets)) if isinstance(self.targets, list) else not len(self.targets):
+        """The samples of all processes, at most ``per_class`` of each class; `None` if there are none.
+
+        Images whose input has another shape than the first ones are passed over.
+        """
+        pieces = [piece for piece in zip(self.inputs, self.targets, self.relevant, strict=True) if len(piece[1])]
+        pieces = [piece for piece in pieces if piece[0].shape[1:] == pieces[0][0].shape[1:]]
+        if not pieces:
             return None
-        samples = Samples(_joined(self.inputs), dim_zero_cat(self.targets), dim_zero_cat(self.relevant))
+        inputs, targets, relevant = map(list, zip(*pieces, strict=True))
+        samples = Samples(_joined(inputs), torch.cat(targets), torch.cat(relevant))
         if self.per_class is None:
             return samples
-        return samples[torch.tensor([rank < self.per_class for rank in _ranks(samples.targets)])]
+        return samples[torch.tensor([rank < int(self.limit) for rank in _ranks(samples.targets)])]
 
     def reset(self) -> None:
         """Forget all samples."""
@@ -333,17 +346,16 @@ class CalibrationSamples(Metric):
         self._kept = Counter()
 
 
-def _joined(pieces: list[Tensor] | Tensor) -> Tensor:
+def _joined(pieces: list[Tensor]) -> Tensor:
     """One tensor of all pieces, each of which is let go as soon as it is copied: twice the memory would be a lot."""
-    if isinstance(pieces, Tensor):
-        return pieces
+    if len(pieces) == 1:
+        return pieces[0]
     whole = pieces[0].new_empty(sum(len(piece) for piece in pieces), *pieces[0].shape[1:])
     end = len(whole)
     while pieces:
         piece = pieces.pop()
         whole[end - len(piece) : end] = piece
         end -= len(piece)
-    pieces.append(whole)
     return whole
 
 

@@ -111,7 +111,7 @@ class RelevanceVectors(Metric):
         n_groups: int = N_GROUPS,
         **kwargs: Any,
     ) -> None:
-        super().__init__(compute_with_cache=False, **kwargs)
+        super().__init__(compute_with_cache=False, sync_on_compute=False, **kwargs)
         self.n_channels, self.n_inputs, self.n_groups = n_channels, n_inputs, n_groups
         everything = num_classes * n_channels
         self.max_entries = min(int(max_bytes // (4 * n_inputs * n_groups)), everything)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_polydis import disentangle, evaluate_splits, find_polysemantic_channels
-from lightning_polydis.rehearsal import is_compiled, loses_fast_path, rehearsal
+from lightning_polydis.rehearsal import changes_under_gradients, is_compiled, rehearsal
 from tests.networks import BottleneckNet, Classifier, conv_relu_net, loader, make_batches, train_briefly
 from tests.test_callback import SETTINGS, HeadOfBackbone, as_loader, callback_for, make_trainer, n_hooks
 
@@ -149,15 +149,16 @@ def test_nothing_happens_twice(net, tmp_path):
     assert "log" not in module.__dict__
 
 
-def test_a_head_behind_a_compiled_backbone_has_to_be_named(tmp_path):
+@pytest.mark.parametrize("layers", ["backbone.2", None])
+@pytest.mark.parametrize("head", ["eager", "compiled"])
+def test_a_head_behind_a_compiled_backbone_has_to_be_named(layers, head, tmp_path):
     module = HeadOfBackbone()
     module.backbone.compile(backend=counting)
-    with pytest.raises(
-        MisconfigurationException, match=r"`head` may run after the output that was taken .*logits_module=\"head\""
-    ):
-        validated(module, tmp_path, callback_for("backbone.2"))
-    with pytest.raises(MisconfigurationException, match=r"`head` may run outside the first one\). Pass `layers`, and"):
-        validated(module, tmp_path, callback_for(None))
+    if head == "compiled":
+        module.head.compile(backend=counting)
+    ran = "ran" if head == "eager" else "may run"
+    with pytest.raises(MisconfigurationException, match=f'`head` {ran} after the output .*`logits_module="head"`'):
+        validated(module, tmp_path, callback_for(layers))
     assert n_hooks(module) == 0
     assert "log" not in module.__dict__
     named = callback_for("backbone.2", logits_module="head")
@@ -246,7 +247,7 @@ def test_attention_keeps_its_fast_path_and_its_results(layers, tmp_path):
     expected = find_polysemantic_channels(module, make_batches(), layers, progress=False, **SETTINGS)
     found, wanted = ([pair.cosine_similarity for pair in report.pairs] for report in (callback.report, expected))
     assert found == pytest.approx(wanted, abs=1e-5)
-    assert loses_fast_path(module, None if layers is None else [layers]) == (layers != "net.last")
+    assert changes_under_gradients(module, None if layers is None else [layers]) == (layers != "net.last")
 
 
 def test_batch_norm_and_random_numbers_are_as_they_were_after_a_rehearsal():
