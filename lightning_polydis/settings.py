@@ -173,5 +173,5 @@ class AnalysisSettings:
             "class_fraction": float(self.class_fraction),
             "similarity_threshold": self.threshold,
             "leak_weight": float(self.leak_weight),
-            "calibration_samples": None if self.calibration_samples is None else int(self.calibration_samples),
+            "calibration_samples": self.calibration_samples,
         }

@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_polydis import ChannelDisentanglement, SplitConv2d
+from lightning_polydis import ChannelDisentanglement, SplitConv2d, vectors
 from lightning_polydis.analysis import ChannelAnalysis
 from lightning_polydis.statistics import _gloo_beside
+from lightning_polydis.vectors import ClassVectors
 from tests.ddp_run import make_trainer
 from tests.networks import Classifier, conv_relu_net, loader, make_batches, train_briefly
 
@@ -43,10 +44,10 @@ class Epochs(Callback):
 
 
 def one_process_fails(folder: Path) -> None:
-    """Rank 1 fails in its first epoch, in collection and then in computation; the third epoch is analysed by both."""
+    """Rank 1 fails in collection, in computation, and in a metric; the fourth epoch is analysed by both."""
     callback = ChannelDisentanglement("net.2", **SETTINGS)
     epochs = Epochs(callback)
-    trainer = make_trainer(folder, callback, max_epochs=3)
+    trainer = make_trainer(folder, callback, max_epochs=4)
     trainer.callbacks.append(epochs)
     finish, compute = ChannelAnalysis.finish_batch, ChannelAnalysis.compute
 
@@ -61,15 +62,22 @@ def one_process_fails(folder: Path) -> None:
             raise ArithmeticError("only here")
         return report
 
+    def failing_vectors(*args):
+        if trainer.global_rank == 1 and trainer.current_epoch == 2:
+            raise ArithmeticError("only here")
+        return ClassVectors(*args)
+
     ChannelAnalysis.finish_batch, ChannelAnalysis.compute = failing_batch, failing_compute
+    vectors.ClassVectors = failing_vectors
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(trained(), loader(), loader(batch_size=8))
     ChannelAnalysis.finish_batch, ChannelAnalysis.compute = finish, compute
-    assert epochs.has_report == [False, False, True], epochs.has_report
+    vectors.ClassVectors = ClassVectors
+    assert epochs.has_report == [False, False, False, True], epochs.has_report
     texts = [str(warning.message) for warning in caught]
     wanted = "it failed in another process" if trainer.global_rank == 0 else "ArithmeticError: only here"
-    assert sum(wanted in text for text in texts) == 2, texts
+    assert sum(wanted in text for text in texts) == 3, texts
     assert callback.report.n_images == 48
 
 
@@ -106,6 +114,20 @@ def a_split_module_is_trained_on(folder: Path) -> None:
     torch.save(module.state_dict(), folder / f"trained_{trainer.global_rank}.pt")
 
 
+def other_sizes(folder: Path) -> None:
+    """The second process sees larger images, of which less fit into the memory for samples."""
+    torch.manual_seed(0)
+    callback = ChannelDisentanglement("net.2", strict=True, calibration_memory=0.05, **SETTINGS)
+    trainer = make_trainer(folder, callback, use_distributed_sampler=False)
+    batches = make_batches(size=9 if trainer.global_rank == 0 else 15)
+    trainer.validate(trained(), DataLoader(batches, batch_size=None), verbose=False)
+    (evidence,) = callback.report._evidence.values()
+    assert evidence.samples.inputs.shape[2:] == (9, 9), "those of the first process"
+    counts = torch.bincount(evidence.samples.targets).tolist()
+    assert 0 < max(counts) < 12, counts
+    callback.plan.save(folder / f"sizes_{trainer.global_rank}.json")
+
+
 class Stream(IterableDataset):
     """Batches for one process, nothing for the others (Lightning refuses empty loaders that tell their length)."""
 
@@ -139,6 +161,7 @@ def spawned(folder: Path) -> None:
 
 
 SCENARIOS = [one_process_fails, uneven_batches, compiled, a_split_module_is_trained_on, one_process_has_nothing]
+SCENARIOS.append(other_sizes)
 
 if __name__ == "__main__":
     if sys.argv[2] == "spawned":

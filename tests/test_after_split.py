@@ -15,6 +15,7 @@ from torch.ao.quantization import quantize_dynamic
 from torch.nn import functional as F
 
 from lightning_polydis import ChannelSplit, SplitConv2d, SplitPlan, disentangle, load_from_checkpoint
+from lightning_polydis._trainer import check_optimizer_states
 from lightning_polydis.surgery import split_further, stored_plan
 from tests.networks import Classifier, conv_relu_net, loader, make_batches, make_images, train_briefly
 from tests.test_callback import callback_for, make_trainer, n_hooks
@@ -475,3 +476,14 @@ def test_averaged_training_of_a_split_module_is_resumed(module, fit_averaged, tm
     fresh = Trained()
     fit_averaged(fresh, 0.99, max_epochs=3, ckpt_path=tmp_path / "every/epoch=1.ckpt")
     assert_same_state(fresh.state_dict(), module.state_dict())
+
+
+def test_matrices_of_an_optimizers_own_are_no_stale_state():
+    net = split_net("linear")
+    weight = net[0].expand.weight
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    optimizer.state[weight] = {"momentum": torch.zeros_like(weight), "left": torch.eye(9), "right": torch.eye(6)}
+    check_optimizer_states([optimizer], net)
+    optimizer.state[weight] = {"momentum": torch.zeros(9, 6)}
+    with pytest.raises(ValueError, match="of the time before layer `0` was split"):
+        check_optimizer_states([optimizer], net)

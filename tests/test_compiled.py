@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
+from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_polydis import disentangle, evaluate_splits, find_polysemantic_channels
@@ -122,29 +123,34 @@ class Busy(Classifier):
 
     def __init__(self, net):
         super().__init__(net)
-        self.accuracy = MulticlassAccuracy(4)
+        self.accuracy, self.images_seen = MulticlassAccuracy(4), SumMetric()
         self.outputs = []
 
     def validation_step(self, batch, batch_idx):
-        images, targets = batch
+        images, targets = batch["data"]
         self.log("batch", float(batch_idx))
+        self.print(f"batch {batch_idx}")
+        self.images_seen.update(images.abs())
         images.mul_(0.5)
         images = images + 0.01 * torch.randn_like(images)
         logits = self(images)
         self.accuracy(logits, targets)
         self.outputs.append(logits)
         self.log("val_acc", self.accuracy)
+        self.log("seen", self.images_seen)
         self.log("val_loss", F.cross_entropy(logits, targets))
 
 
-def test_nothing_happens_twice(net, tmp_path):
+def test_nothing_happens_twice(net, tmp_path, capsys):
     results = []
-    for callbacks in ([], [callback_for()]):
+    for callbacks in ([], [callback_for(target_fn=lambda batch: batch["data"][1])]):
         module = Busy(copy.deepcopy(net))
         module.net.compile(backend=counting)
-        results.append((validated(module, tmp_path, *callbacks, data=as_loader(make_batches())), len(module.outputs)))
+        data = as_loader([{"data": list(batch)} for batch in make_batches()])
+        metrics = validated(module, tmp_path, *callbacks, data=data)
+        results.append((metrics, len(module.outputs), capsys.readouterr().out.count("batch ")))
     assert results[0] == results[1]
-    assert results[0][1] == 3
+    assert results[0][1:] == (3, 3)
     assert callbacks[0].report.n_images == 48
     assert "log" not in module.__dict__
 
@@ -186,15 +192,100 @@ class FailingEarly(Failing):
         super().validation_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("kind", [Failing, FailingEarly])
+class FailingInside(Failing):
+    def __init__(self, net):
+        super().__init__(net)
+        self.index = 0
+        self.net[4].register_forward_hook(self._fail)
+
+    def _fail(self, module, args, output):
+        if self.index == 1:
+            raise RuntimeError("the user's own")
+
+    def validation_step(self, batch, batch_idx):
+        self.index = batch_idx
+        Classifier.validation_step(self, batch, batch_idx)
+
+
+class CompiledMethod(Classifier):
+    def __init__(self, net):
+        super().__init__(net)
+        self.features = torch.compile(self.net[:6], backend=counting)
+
+    @torch.compile(backend=counting)
+    def head(self, features):
+        return self.net[6:](features)
+
+    def forward(self, images):
+        return self.head(self.features(images))
+
+
+class CompiledAttribute(Classifier):
+    def __init__(self, net):
+        super().__init__(net)
+        self.run = torch.compile(lambda images: self.net(images), backend=counting)
+
+    def forward(self, images):
+        return self.run(images)
+
+
+@pytest.mark.parametrize("kind", [CompiledMethod, CompiledAttribute])
+def test_compiled_methods_and_attributes_are_noticed(kind, net, tmp_path):
+    without = validated(kind(copy.deepcopy(net)), tmp_path)
+    callback = callback_for(None)
+    assert validated(kind(copy.deepcopy(net)), tmp_path, callback) == without
+    assert without[1] > 0
+    assert callback.report.n_images == 48
+
+
+@pytest.mark.parametrize("kind", [Failing, FailingEarly, FailingInside])
 @pytest.mark.filterwarnings("ignore:The analysis of this epoch failed")
 def test_an_error_of_the_step_reaches_the_user(kind, net, tmp_path):
     module = in_place(kind(copy.deepcopy(net)))
     with pytest.raises(RuntimeError, match="the user's own"):
         validated(module, tmp_path, callback_for())
-    assert n_hooks(module) == 0
+    assert n_hooks(module) == (1 if kind is FailingInside else 0)
     assert torch.is_grad_enabled()
     assert "log" not in module.__dict__
+
+
+class FailingOnce(HeadOfBackbone):
+    """Fails between layer and logits, in the rehearsal only."""
+
+    def validation_step(self, batch, batch_idx):
+        features = self.backbone(batch[0])
+        if "log" in self.__dict__:
+            raise RuntimeError("only in the rehearsal")
+        self.grad_modes = [*getattr(self, "grad_modes", []), torch.is_grad_enabled()]
+        self.head(features)
+
+
+def test_a_failed_rehearsal_leaves_the_grad_mode_of_the_steps_alone(tmp_path):
+    module = FailingOnce()
+    module.backbone.compile(backend=counting)
+    with pytest.warns(UserWarning, match=r"(?s)analysis of this epoch failed .*only in the rehearsal"):
+        validated(module, tmp_path, callback_for("backbone.2", logits_module="head"))
+    assert module.grad_modes == [False] * 3
+    assert n_hooks(module) == 0
+
+
+class WithTeacher(Classifier):
+    """Modules with parameters beside the network, one of which runs before it."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.teacher, self.idle = copy.deepcopy(net), nn.Linear(3, 3)
+
+    def validation_step(self, batch, batch_idx):
+        self.teacher(batch[0])
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+
+def test_modules_that_run_before_or_never_are_no_heads(net, tmp_path):
+    callback = callback_for()
+    validated(in_place(WithTeacher(copy.deepcopy(net))), tmp_path, callback)
+    expected = find_polysemantic_channels(net, make_batches(), "2", progress=False, **SETTINGS)
+    assert [pair.cosine_similarity for pair in callback.report.pairs] == [p.cosine_similarity for p in expected.pairs]
 
 
 def test_functions_on_a_compiled_network_run_its_own_code(net):
@@ -248,6 +339,35 @@ def test_attention_keeps_its_fast_path_and_its_results(layers, tmp_path):
     found, wanted = ([pair.cosine_similarity for pair in report.pairs] for report in (callback.report, expected))
     assert found == pytest.approx(wanted, abs=1e-5)
     assert changes_under_gradients(module, None if layers is None else [layers]) == (layers != "net.last")
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lstm = nn.Linear(27, 16), nn.LSTM(16, 8, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images):
+        return self.head(self.lstm(self.embed(images.flatten(2).mT.reshape(len(images), 9, 27)).relu())[0].mean(1))
+
+
+def test_lstm_keeps_its_results(tmp_path):
+    torch.manual_seed(0)
+    net, callback = train_briefly(Recurrent(), steps=20), callback_for("net.embed", strict=True)
+    without, module = Keeping(copy.deepcopy(net)), Keeping(copy.deepcopy(net))
+    validated(without, tmp_path)
+    validated(module, tmp_path, callback)
+    assert all(map(torch.equal, module.kept, without.kept))
+    assert callback.report.n_images == 48
+
+
+@pytest.mark.parametrize("layers", [["net.last", "net.mlp"], ["net.mlp", "net.last"]])
+def test_all_callbacks_rehearse_or_none(layers, tmp_path):
+    torch.manual_seed(0)
+    module = Keeping(train_briefly(Attentive(), steps=20))
+    callbacks = [callback_for(name, strict=True) for name in layers]
+    validated(module, tmp_path, *callbacks)
+    assert [callback.report.n_images for callback in callbacks] == [48, 48]
 
 
 def test_batch_norm_and_random_numbers_are_as_they_were_after_a_rehearsal():

@@ -146,6 +146,9 @@ def test_failures_uneven_batches_compiled_networks_and_training_after_a_split(tm
                 for each in (report, expected)
             )
             assert found == pytest.approx(alone, abs=1e-6)
+    plans = [SplitPlan.load(tmp_path / f"sizes_{rank}.json") for rank in (0, 1)]
+    assert plans[0] == plans[1]
+    assert len(plans[0]) > 0
     weights = [torch.load(tmp_path / f"trained_{rank}.pt") for rank in (0, 1)]
     assert "net.2.expand.weight" in weights[0]
     for name, value in weights[0].items():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -124,6 +125,31 @@ def test_the_schedule_of_a_resumed_run_is_that_of_the_whole(module, tmp_path):
 OLD = {"report": None}
 
 
+def test_a_checkpoint_does_not_replace_what_led_to_the_split(module, tmp_path):
+    callback = callback_for(split=True)
+    checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    trainer = make_trainer(tmp_path, callback, checkpoint, max_epochs=2, enable_checkpointing=True)
+    trainer.fit(module, loader(), loader())
+    report, plan, step = callback.report, callback.plan, callback._analysed_step
+    trainer.test(module, loader(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    trainer.validate(module, loader(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert callback.report is report
+    assert callback.plan is plan
+    assert callback._analysed_step == step
+
+
+def test_numbers_and_names_of_numpy_are_plain_in_checkpoints(module, tmp_path):
+    callback = callback_for(
+        relevance_threshold=np.float64(0.05),
+        class_names=list(np.array(["a", "b", "c", "d"])),
+    )
+    trainer = make_trainer(tmp_path, callback)
+    trainer.fit(module, loader(), loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    assert state["report"]["class_names"] == ["a", "b", "c", "d"]
+
+
 @pytest.mark.parametrize("state", [{}, OLD, {"format_version": 1, "report": None, "plan": None}])
 def test_an_older_state_loads(state):
     callback = callback_for()
@@ -146,6 +172,7 @@ def test_an_older_state_with_a_report_and_no_more_loads(module, tmp_path):
     [
         ({"format_version": FORMAT_VERSION + 1}, "written by a newer lightning_polydis: update the package"),
         ({"report": {"settings": {}}}, "The callback state is damaged: KeyError: "),
+        ({"format_version": None}, "The callback state is damaged: TypeError: a format_version of None"),
         ({"report": 3}, "The callback state is damaged: TypeError: "),
     ],
 )

@@ -1,5 +1,6 @@
 """What Lightning's Trainer can be asked for, with the callback in it."""
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -92,6 +94,41 @@ def test_a_loader_that_is_not_there_is_refused_in_words(net, loaders, dataloader
     assert n_hooks(module) == 0
 
 
+@pytest.mark.parametrize(
+    ("loaders", "message"),
+    [
+        ({"a": [as_loader(FIRST), as_loader(FIRST)], "b": as_loader(SECOND)}, "but got nested ones. Leave it out"),
+        (CombinedLoader([as_loader(FIRST), as_loader(SECOND)], "max_size_cycle"), "a `CombinedLoader` of another mode"),
+    ],
+)
+def test_a_loader_cannot_be_chosen_from_nested_or_parallel_ones(net, loaders, message, tmp_path):
+    with pytest.raises(MisconfigurationException, match=message):
+        make_trainer(tmp_path, callback_for(dataloader=1)).validate(SeveralLoaders(net), loaders, verbose=False)
+
+
+class Fetching(Classifier):
+    def validation_step(self, dataloader_iter):
+        self(next(dataloader_iter)[0][0])
+
+
+def test_a_step_that_fetches_its_batches_is_refused_in_words(net, tmp_path):
+    with pytest.raises(MisconfigurationException, match="Expected a step that takes a batch, but it takes `datal"):
+        make_trainer(tmp_path, callback_for()).validate(Fetching(net), as_loader(FIRST), verbose=False)
+
+
+class Empty(IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+def test_an_empty_stream_is_a_warning(module, tmp_path):
+    callback = callback_for()
+    data = torch.utils.data.DataLoader(Empty(), batch_size=None)
+    with pytest.warns(UserWarning, match="No batch was analysed in this epoch"):
+        make_trainer(tmp_path, callback, num_sanity_val_steps=0).fit(module, loader(), data)
+    assert callback.report is None
+
+
 # ------------------------------------------------------------------------------------------------------- the trainer
 
 
@@ -128,6 +165,63 @@ def test_validation_may_come_at_any_step(net, kwargs, steps, tmp_path):
     assert module.steps == steps
     assert callback._analysed_step == steps[-1]
     assert isinstance(module.net[2], SplitConv2d)
+
+
+class Skipping(Classifier):
+    """Goes on after a forward pass that failed."""
+
+    def validation_step(self, batch, batch_idx):
+        self.net[4].register_forward_pre_hook(self._fail if batch_idx == 1 else lambda *_: None)
+        with contextlib.suppress(ArithmeticError):
+            self(batch[0])
+        self.net[4]._forward_pre_hooks.clear()
+
+    def _fail(self, module, args):
+        raise ArithmeticError("a bad batch")
+
+
+def test_a_step_that_survives_its_own_failure_survives_ours(net, tmp_path):
+    module, callback = Skipping(copy.deepcopy(net)), callback_for()
+    with pytest.warns(UserWarning, match="(?s)is dropped:.*forward pass ended by an exception"):
+        make_trainer(tmp_path, callback).validate(module, loader(), verbose=False)
+    assert callback.report is None
+    assert n_hooks(module) == 0
+    assert torch.is_grad_enabled()
+
+
+def test_logits_fn_runs_in_the_precision_of_the_step(net, tmp_path):
+    weight = torch.randn(4, 4)
+    callback = callback_for(logits_fn=lambda logits: logits @ weight)
+    make_trainer(tmp_path, callback, precision="bf16-mixed").validate(Classifier(net), loader(), verbose=False)
+    assert callback.report.n_images == 48
+
+
+class Beside(Classifier):
+    """Modules beside the network that cannot be hooked or have no shape yet."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.script, self.lazy = torch.jit.script(nn.Linear(2, 2)), nn.LazyBatchNorm2d()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script", "ignore:.*Uninitialized")
+@pytest.mark.parametrize("layers", ["net.2", None])
+def test_scripted_and_lazy_modules_beside_the_network_do_no_harm(net, layers, tmp_path):
+    callback = callback_for(layers, strict=True)
+    make_trainer(tmp_path, callback).validate(Beside(net), loader(), verbose=False)
+    assert callback.report.n_images == 48
+
+
+def test_files_of_several_callbacks_with_many_layers_have_names_of_their_own(tmp_path):
+    torch.manual_seed(0)
+    layers = [part for _ in range(6) for part in (nn.Linear(16, 16), nn.ReLU())]
+    module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(243, 16), nn.ReLU(), *layers, nn.Linear(16, 4)))
+    names = [[f"net.{index}" for index in range(start, 15, 4)] for start in (3, 5)]
+    names[1].append("net.1")
+    callbacks = [callback_for(own, dirpath=tmp_path) for own in names]
+    make_trainer(tmp_path, *callbacks).validate(module, loader(), verbose=False)
+    found = {path.name for path in tmp_path.glob("*.json")}
+    assert {"net.3+net.7+net.11.report.json", "net.5+3.report.json"} <= found
 
 
 class Manual(Classifier):
@@ -311,6 +405,10 @@ def test_a_split_that_another_process_would_keep_is_refused_in_words(module, tmp
     with pytest.raises(ValueError, match="`split=True` needs a strategy that trains in this process"):
         check_strategy(trainer, split=True)
     assert isinstance(trainer.strategy, DDPStrategy)
+    callback = callback_for(split=True)
+    for stage in ("validate", "test", "predict"):  # nothing is split there
+        callback.setup(trainer, module, stage)
+        callback.teardown(trainer, module, stage)
 
 
 # ----------------------------------------------------------------------------------------------------------------- CLI
