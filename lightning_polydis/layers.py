@@ -18,7 +18,7 @@ from torch.nn.utils import skip_init
 from lightning_polydis._checks import InputError, closest_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 LinearLayer: TypeAlias = Convolution | nn.Linear
@@ -289,29 +289,36 @@ def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, imag
     """
     if not len(images):
         return inputs.new_zeros(0, inputs_per_channel(layer), dtype=torch.promote_types(inputs.dtype, torch.float32))
-    weight = flat_weight(layer)
-    inputs, gradient, weight = (at_least_single(part) for part in (inputs, gradient, weight))
+    inputs, gradient, weight = (at_least_single(part) for part in (inputs, gradient, flat_weight(layer)))
+    by_offset = weight.permute(2, 0, 1).contiguous()  # rows that lie together are picked much faster
     channels_first = gradient.movedim(-1, 1) if isinstance(layer, nn.Linear) else gradient
     flat = channels_first.flatten(2) if gradient.ndim > 2 else channels_first[..., None]
     counts = torch.bincount(images, minlength=len(inputs)).tolist()
     wanted = [own for own in zip(range(len(inputs)), channels.split(counts), strict=True) if len(own[1])]
-    gradients = [flat[image, own] for image, own in wanted]  # few or many channels: padding to the most would cost
+    correlate = _correlations(layer, [flat[image] for image, _ in wanted], [own for _, own in wanted])
     total = flat.new_zeros(len(images), inputs_per_channel(layer), dtype=torch.promote_types(flat.dtype, inputs.dtype))
-    for offset, read in enumerate(_inputs_by_offset(layer, inputs)):
-        pairs = zip(wanted, gradients, strict=True)
-        parts = [_correlated(layer, read[image], own, part.to(read.dtype)) for (image, own), part in pairs]
-        total += torch.cat(parts) * weight[channels, :, offset]
+    for read, own_weight in zip(_inputs_by_offset(layer, inputs), by_offset, strict=True):
+        total.addcmul_(correlate([read[image] for image, _ in wanted]), own_weight[channels].to(total.dtype))
     return total
 
 
-def _correlated(layer: LinearLayer, read: Tensor, channels: Tensor, gradients: Tensor) -> Tensor:
-    """Products of the channels' gradients ``[n, P]`` and of the inputs that they read, ``[n, I]``."""
+def _correlations(
+    layer: LinearLayer, gradients: list[Tensor], channels: list[Tensor]
+) -> Callable[[list[Tensor]], Tensor]:
+    """What makes of the images' inputs ``[G * I, P]`` their products with the channels' gradients: ``[n, I]``."""
     groups = group_count(layer)
-    if groups == 1:
-        return gradients @ read.mT
-    own = read.unflatten(0, (groups, -1))[channels * groups // channel_count(layer)]
-    correlated: Tensor = (own @ gradients[..., None])[..., 0]
-    return correlated
+    if groups > 1:  # whole groups are multiplied faster than the inputs of each channel are copied
+        grouped = [gradient.unflatten(0, (groups, -1)) for gradient in gradients]
+        return lambda reads: torch.cat(
+            [
+                (gradient.to(read.dtype) @ read.unflatten(0, (groups, -1)).mT).flatten(0, 1)[own]
+                for gradient, read, own in zip(grouped, reads, channels, strict=True)
+            ]
+        )
+    own_gradients = [gradient[own] for gradient, own in zip(gradients, channels, strict=True)]
+    return lambda reads: torch.cat(
+        [gradient.to(read.dtype) @ read.mT for gradient, read in zip(own_gradients, reads, strict=True)]
+    )
 
 
 def source_contributions(layer: LinearLayer, inputs: Tensor, weight: Tensor, channel: int) -> Tensor:

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch._dynamo.utils import counters
@@ -444,6 +444,13 @@ def test_the_averaged_weights_are_split(module, fit_averaged, state, tmp_path):
     assert torch.equal(module.net[2].undo().weight, plain[0].net[2].weight)
     assert not torch.equal(module.net[2].undo().weight, plain[1].net[2].weight)
     assert any("EMAWeightAveraging" in note for note in callback.report.notes)
+
+
+def test_the_report_names_the_average_whose_weights_were_analysed(module, tmp_path):
+    callback = callback_for(split=True)
+    fit(module, tmp_path, WeightAveraging(use_buffers=False), callback, max_epochs=2)
+    assert "the weights that `WeightAveraging` puts in place for validation" in callback.report.notes[0]
+    assert isinstance(module.net[2], SplitConv2d)
 
 
 def test_a_split_module_is_validated_beside_an_average(module, fit_averaged):

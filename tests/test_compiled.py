@@ -341,6 +341,12 @@ def test_attention_keeps_its_fast_path_and_its_results(layers, tmp_path):
     assert changes_under_gradients(module, None if layers is None else [layers]) == (layers != "net.last")
 
 
+def test_projections_of_attention_do_not_run_and_are_refused_in_words(tmp_path):
+    callback = callback_for("net.first.self_attn.out_proj")
+    with pytest.raises(MisconfigurationException, match="`net.first.self_attn.out_proj` did not run, or not through"):
+        validated(Classifier(Attentive()), tmp_path, callback)
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()

@@ -128,7 +128,8 @@ def test_source_relevances_are_weight_x_gradient_of_the_logit(layer, shape):
     layer = copy.deepcopy(layer).double()
     x = torch.randn(shape, dtype=torch.float64)
     gradient = torch.randn_like(layer(x))
-    images, channels = torch.tensor([0, 0, 0, 2, 2]), torch.tensor([5, 0, 2, 2, 3])  # none of the second image
+    images = torch.tensor([0, 0, 0, *[1] * 6])  # some channels of the first, all of the second, none of the third
+    channels = torch.tensor([5, 0, 2, *range(6)])
     found = source_relevances(layer, x, gradient, images, channels)
     for row, image, channel in zip(found, images, channels, strict=True):
         # The logit's gradient stands for all that follows: the logit is (z * gradient).sum() to first order.
@@ -197,6 +198,7 @@ def test_plain_copy_computes_the_same_and_shares_nothing():
         ("body.own", r"`StandardisedConv`, a subclass of `Conv2d` with a forward pass of its own"),
         ("body.weight_norm", r"whose weight is computed from others"),
         ("body.old_weight_norm", r"`Linear`, whose weight is computed from others"),
+        ("body.spectral_norm", r"whose weight is computed from others \(weight norm, spectral norm or"),
     ],
 )
 def test_layers_that_cannot_be_analysed_are_refused_in_words(name, message):
@@ -209,6 +211,7 @@ def test_layers_that_cannot_be_analysed_are_refused_in_words(name, message):
         "lazy": nn.LazyConv2d(4, 3),
         "own": StandardisedConv(4, 4, 1),
         "weight_norm": nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)),
+        "spectral_norm": nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
         "old_weight_norm": old_weight_norm(nn.Linear(4, 4)),
     }
     with pytest.raises(ValueError, match=message):

@@ -399,8 +399,9 @@ def test_sharded_strategies_are_refused_in_words(strategy):
         check_strategy(sharded, split=False)
 
 
-def test_a_split_that_another_process_would_keep_is_refused_in_words(module, tmp_path):
-    trainer = make_trainer(tmp_path, callback_for(), strategy="ddp_fork", devices=2)
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn", "ddp_notebook"])
+def test_a_split_that_another_process_would_keep_is_refused_in_words(module, strategy, tmp_path):
+    trainer = make_trainer(tmp_path, callback_for(), strategy=strategy, devices=2)
     check_strategy(trainer, split=False)
     with pytest.raises(ValueError, match="`split=True` needs a strategy that trains in this process"):
         check_strategy(trainer, split=True)
