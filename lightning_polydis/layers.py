@@ -18,7 +18,7 @@ from torch.nn.utils import skip_init
 from lightning_polydis._checks import InputError, closest_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 LinearLayer: TypeAlias = Convolution | nn.Linear
@@ -293,32 +293,43 @@ def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, imag
     by_offset = weight.permute(2, 0, 1).contiguous()  # rows that lie together are picked much faster
     channels_first = gradient.movedim(-1, 1) if isinstance(layer, nn.Linear) else gradient
     flat = channels_first.flatten(2) if gradient.ndim > 2 else channels_first[..., None]
+    dtype = torch.promote_types(flat.dtype, inputs.dtype)
     counts = torch.bincount(images, minlength=len(inputs)).tolist()
-    wanted = [own for own in zip(range(len(inputs)), channels.split(counts), strict=True) if len(own[1])]
-    correlate = _correlations(layer, [flat[image] for image, _ in wanted], [own for _, own in wanted])
-    total = flat.new_zeros(len(images), inputs_per_channel(layer), dtype=torch.promote_types(flat.dtype, inputs.dtype))
-    for read, own_weight in zip(_inputs_by_offset(layer, inputs), by_offset, strict=True):
-        total.addcmul_(correlate([read[image] for image, _ in wanted]), own_weight[channels].to(total.dtype))
+    all_channels = torch.arange(channel_count(layer), device=channels.device)
+    found: list[Tensor | None] = [None] * len(inputs)
+    some = []
+    for image, own in enumerate(channels.split(counts)):
+        if torch.equal(own, all_channels):  # by itself: nothing is picked, and what is worked on stays in the cache
+            alone = inputs[image : image + 1]
+            found[image] = _relevances_of(layer, alone, flat[image : image + 1].to(dtype), [own], by_offset)
+        elif len(own):
+            some.append((image, own))
+    if some:
+        places, own_channels = [image for image, _ in some], [own for _, own in some]
+        parts = _relevances_of(layer, inputs[places], flat[places].to(dtype), own_channels, by_offset)
+        for image, part in zip(places, parts.split([len(own) for own in own_channels]), strict=True):
+            found[image] = part
+    return torch.cat([part for part in found if part is not None])
+
+
+def _relevances_of(
+    layer: LinearLayer, inputs: Tensor, gradient: Tensor, channels: list[Tensor], by_offset: Tensor
+) -> Tensor:
+    """``[n, I]`` of some channels of each image: gradient ``[B, C, P]``, weights ``[k, C, I]``."""
+    together, groups = torch.cat(channels), group_count(layer)
+    is_all = torch.equal(together, torch.arange(gradient.shape[1], device=together.device))
+    own = [part if is_all else part[wanted] for part, wanted in zip(gradient, channels, strict=True)]
+    total = gradient.new_zeros(len(together), by_offset.shape[2])
+    for reads, weight in zip(_inputs_by_offset(layer, inputs), by_offset, strict=True):
+        reads = reads.to(gradient.dtype)
+        if groups == 1:
+            products = [part @ read.mT for part, read in zip(own, reads, strict=True)]
+        else:  # whole groups are multiplied faster than the inputs of each channel are copied
+            grouped = gradient.unflatten(1, (groups, -1)) @ reads.unflatten(1, (groups, -1)).mT
+            products = [part[wanted] for part, wanted in zip(grouped.flatten(1, 2), channels, strict=True)]
+        joined = products[0] if len(products) == 1 else torch.cat(products)
+        total.addcmul_(joined, (weight if is_all else weight[together]).to(total.dtype))
     return total
-
-
-def _correlations(
-    layer: LinearLayer, gradients: list[Tensor], channels: list[Tensor]
-) -> Callable[[list[Tensor]], Tensor]:
-    """What makes of the images' inputs ``[G * I, P]`` their products with the channels' gradients: ``[n, I]``."""
-    groups = group_count(layer)
-    if groups > 1:  # whole groups are multiplied faster than the inputs of each channel are copied
-        grouped = [gradient.unflatten(0, (groups, -1)) for gradient in gradients]
-        return lambda reads: torch.cat(
-            [
-                (gradient.to(read.dtype) @ read.unflatten(0, (groups, -1)).mT).flatten(0, 1)[own]
-                for gradient, read, own in zip(grouped, reads, channels, strict=True)
-            ]
-        )
-    own_gradients = [gradient[own] for gradient, own in zip(gradients, channels, strict=True)]
-    return lambda reads: torch.cat(
-        [gradient.to(read.dtype) @ read.mT for gradient, read in zip(own_gradients, reads, strict=True)]
-    )
 
 
 def source_contributions(layer: LinearLayer, inputs: Tensor, weight: Tensor, channel: int) -> Tensor:
