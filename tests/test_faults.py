@@ -207,7 +207,7 @@ class Census(Callback):
         if (trainer.current_epoch + 1) % 50 == 0:
             gc.collect()
             everything = gc.get_objects()
-            tensors = [thing for thing in everything if issubclass(type(thing), torch.Tensor)]
+            tensors = [thing for thing in everything if type(thing) in (torch.Tensor, torch.nn.Parameter)]
             self.tensors.append((len(tensors), sum(tensor.nbytes for tensor in tensors)))
             self.hooks.append(n_hooks(pl_module))
             self.objects.append(len(everything))
