@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -63,7 +62,7 @@ class Rehearsals:
         plugin = trainer.precision_plugin
         self._context = plugin.test_step_context if testing else plugin.val_step_context
         self._step: Callable[..., Any] = module.test_step if testing else module.validation_step
-        self._module = module
+        self._module, self._loop = module, trainer._evaluation_loop
         self._is_sure = logits_module is not None  # that nothing runs after the logits
         self._ran: set[str] = set()
         self._follower: str | None = None
@@ -87,7 +86,7 @@ class Rehearsals:
             self._note(self._own_modules(), self._ran.add)
         try:
             with rehearsal(self._module), self._context():
-                self._step(copied(batch), **self._further_arguments(batch_idx, dataloader_idx))
+                self._step(copied(batch), *self._further_arguments(batch_idx, dataloader_idx))
         finally:
             self.release()
         with uncompiled():
@@ -112,10 +111,12 @@ class Rehearsals:
             handle.remove()
         self._handles.clear()
 
-    def _further_arguments(self, batch_idx: int, dataloader_idx: int) -> dict[str, int]:
-        names = inspect.signature(self._step).parameters
-        values = {"batch_idx": batch_idx, "dataloader_idx": dataloader_idx}
-        return {name: value for name, value in values.items() if name in names}
+    def _further_arguments(self, batch_idx: int, dataloader_idx: int) -> list[int]:
+        """What Lightning passes after the batch, whatever the step calls it."""
+        takes_index = is_param_in_hook_signature(self._step, "batch_idx", min_args=2)
+        loop = self._loop
+        several = loop._is_sequential and loop.num_dataloaders > 1
+        return [batch_idx] * takes_index + [dataloader_idx] * several
 
     def _own_modules(self) -> dict[str, nn.Module]:
         return {name: module for name, module in self._module.named_modules() if name and has_own_parameters(module)}

@@ -65,9 +65,7 @@ def chosen_loader(trainer: pl.Trainer, wanted: int | str | None) -> int | None:
     loaders = trainer.val_dataloaders
     parts = list(loaders.values()) if isinstance(loaders, dict) else loaders
     is_nested = isinstance(parts, list | tuple) and any(isinstance(part, list | tuple | dict) for part in parts)
-    fitting = trainer.state.fn == TrainerFn.FITTING
-    loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
-    if is_nested or not loop._is_sequential:
+    if is_nested or not trainer._evaluation_loop._is_sequential:
         raise InputError(
             "Argument `dataloader` needs a list or dictionary of loaders that come one after the other, but got "
             f"{'nested ones' if is_nested else 'a `CombinedLoader` of another mode'}. Leave it out to analyse all."

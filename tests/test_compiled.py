@@ -207,6 +207,29 @@ class FailingInside(Failing):
         Classifier.validation_step(self, batch, batch_idx)
 
 
+class OtherNames(Classifier):
+    def validation_step(self, b, i):
+        Classifier.validation_step(self, b, i)
+
+
+class BatchOnly(Classifier):
+    def validation_step(self, batch):
+        Classifier.validation_step(self, batch, 0)
+
+
+class SeveralLoaders(Classifier):
+    def validation_step(self, b, i, dataloader_idx):
+        self.log(f"loss_{dataloader_idx}", F.cross_entropy(self(b[0]), b[1]), add_dataloader_idx=False)
+
+
+@pytest.mark.parametrize(("kind", "n_loaders"), [(OtherNames, 1), (BatchOnly, 1), (SeveralLoaders, 2)])
+def test_steps_get_the_arguments_that_lightning_passes(kind, n_loaders, net, tmp_path):
+    module, callback = in_place(kind(copy.deepcopy(net))), callback_for(strict=True)
+    loaders = loader() if n_loaders == 1 else [loader()] * n_loaders
+    make_trainer(tmp_path, callback).validate(module, loaders, verbose=False)
+    assert callback.report.n_images == 48 * n_loaders
+
+
 class CompiledMethod(Classifier):
     def __init__(self, net):
         super().__init__(net)
