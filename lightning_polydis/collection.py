@@ -174,6 +174,8 @@ class RelevanceCollector:
             raise problem if follower is None else _with_follower(problem, follower)
         if follower is not None:
             raise InputError(follower_text(follower))
+        if not records and self.num_logits is not None:
+            return {}  # passes have gone well before; a step may leave a batch out
         missing = ", ".join(f"`{name}`" for name in self._layers if name not in records)
         if missing:
             raise InputError(

@@ -189,6 +189,21 @@ def test_a_step_that_survives_its_own_failure_survives_ours(net, tmp_path):
     assert torch.is_grad_enabled()
 
 
+class LeavingOut(Classifier):
+    def validation_step(self, batch, batch_idx):
+        if batch_idx != 1:
+            super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_may_leave_batches_out(net, compiled, tmp_path):
+    module, callback = LeavingOut(copy.deepcopy(net)), callback_for(strict=True)
+    if compiled:
+        module.net.compile(backend="eager")
+    make_trainer(tmp_path, callback).validate(module, as_loader(FIRST), verbose=False)
+    assert cosines(callback.report) == cosines(expected_for(net, [FIRST[0], FIRST[2]]))
+
+
 def test_logits_fn_runs_in_the_precision_of_the_step(net, tmp_path):
     weight = torch.randn(4, 4)
     callback = callback_for(logits_fn=lambda logits: logits @ weight)
