@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import Tensor, nn
 
-
 SCALARS = ("n_polysemantic", "n_pairs", "n_candidates", "mean_cosine", "min_cosine")
 """Figures of a layer that are logged as scalars."""
 
@@ -346,9 +345,8 @@ class PolysemanticityReport:
         try:
             import pandas as pd
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "`to_dataframe` needs pandas: pip install 'lightning-polydis[pandas]'."
-            ) from error
+            text = "`to_dataframe` needs pandas: pip install 'lightning-polydis[pandas]'."
+            raise ModuleNotFoundError(text) from error
         return pd.DataFrame([asdict(channel) for channel in self.channels])
 
     def _rows(self) -> tuple[list[str], list[list[str]]]:

@@ -13,6 +13,7 @@ from tests.ddp_run import shared_classes
 from tests.networks import Classifier, conv_relu_net, make_batches, train_briefly
 
 ROOT = Path(__file__).parent.parent
+SETTINGS = {"relevance_threshold": 0.05, "class_fraction": 0.5, "similarity_threshold": 0.9, "progress": False}
 
 
 def run(folder, loop, script="ddp_run.py"):
@@ -70,10 +71,7 @@ def test_two_processes_find_what_one_finds(loop, runs):
         module,
         make_batches(),
         "net.2",
-        relevance_threshold=0.05,
-        class_fraction=0.5,
-        similarity_threshold=0.9,
-        progress=False,
+        **SETTINGS,
     )
     assert len(expected.pairs) > 2
     assert reports[0].n_images == 48
@@ -121,8 +119,7 @@ def test_a_process_without_a_usable_batch_takes_part(tmp_path):
     run(tmp_path, "nan")
     reports = [PolysemanticityReport.load(tmp_path / f"report_{rank}.json") for rank in (0, 1)]
     torch.manual_seed(0)
-    settings = {"relevance_threshold": 0.05, "class_fraction": 0.5, "similarity_threshold": 0.9, "progress": False}
-    expected = find_polysemantic_channels(train_briefly(conv_relu_net()), make_batches(), "2", **settings)
+    expected = find_polysemantic_channels(train_briefly(conv_relu_net()), make_batches(), "2", **SETTINGS)
     for report in reports:
         assert (report.n_images, report.n_images_left_out) == (48, 48)
         found = [(pair.channel, pair.class_a, pair.class_b) for pair in report.pairs]
@@ -134,9 +131,8 @@ def test_failures_uneven_batches_compiled_networks_and_training_after_a_split(tm
     run(tmp_path, "all", "ddp_faults.py")
     torch.manual_seed(0)
     net = train_briefly(conv_relu_net())
-    settings = {"relevance_threshold": 0.05, "class_fraction": 0.5, "similarity_threshold": 0.9, "progress": False}
     for name, batches in (("uneven", make_batches(n=40)), ("compiled", make_batches())):
-        expected = find_polysemantic_channels(net, batches, "2", **settings)
+        expected = find_polysemantic_channels(net, batches, "2", **SETTINGS)
         assert len(expected.pairs) > 2
         for rank in (0, 1):
             report = PolysemanticityReport.load(tmp_path / f"{name}_{rank}.json")
@@ -167,9 +163,6 @@ def test_spawned_processes_leave_their_results_in_files(tmp_path):
         module,
         make_batches(),
         "net.2",
-        relevance_threshold=0.05,
-        class_fraction=0.5,
-        similarity_threshold=0.9,
-        progress=False,
+        **SETTINGS,
     )
     assert [channel.channel for channel in again.channels] == [channel.channel for channel in report.channels]
