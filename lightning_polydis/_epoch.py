@@ -45,7 +45,7 @@ def guarded(*, strict: bool, on_failure: Callable[[], None] = lambda: None) -> I
     except MisconfigurationException:
         on_failure()
         raise
-    except Exception:
+    except Exception:  # whatever it is: no failure of ours may end a training run
         on_failure()
         if strict:
             raise

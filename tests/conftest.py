@@ -1,8 +1,11 @@
+import copy
 import os
 
 import pytest
 import torch
 from hypothesis import Phase, settings
+
+from tests.networks import conv_relu_net, train_briefly
 
 quick = [Phase.explicit, Phase.generate]  # to make a failing example smaller takes minutes: nightly
 settings.register_profile("ci", max_examples=15, deadline=None, derandomize=True, phases=quick)
@@ -17,3 +20,15 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A small network, trained; whoever changes it takes a copy."""
+    torch.manual_seed(0)
+    return train_briefly(conv_relu_net())
+
+
+@pytest.fixture(scope="module")
+def state(net):
+    return copy.deepcopy(net.state_dict())

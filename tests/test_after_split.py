@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lightning_polydis import ChannelSplit, SplitConv2d, SplitPlan, disentangle, load_from_checkpoint
 from lightning_polydis._trainer import check_optimizer_states
 from lightning_polydis.surgery import split_further, stored_plan
-from tests.networks import Classifier, conv_relu_net, loader, make_batches, make_images, train_briefly
+from tests.networks import Classifier, conv_relu_net, loader, make_batches, make_images
 from tests.test_callback import callback_for, make_trainer, n_hooks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated", "ignore:Be aware that when using `ckpt_path`")
@@ -289,12 +289,6 @@ class Trained(Classifier):
 
     def configure_optimizers(self):
         return self.make(self.parameters())
-
-
-@pytest.fixture(scope="module")
-def state():
-    torch.manual_seed(0)
-    return train_briefly(conv_relu_net()).state_dict()
 
 
 @pytest.fixture

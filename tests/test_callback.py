@@ -22,7 +22,7 @@ from lightning_polydis import (
     load_from_checkpoint,
 )
 from lightning_polydis.statistics import CalibrationSamples
-from tests.networks import BottleneckNet, Classifier, conv_relu_net, loader, make_batches, train_briefly
+from tests.networks import BottleneckNet, Classifier, conv_relu_net, loader, make_batches
 
 SETTINGS = {"relevance_threshold": 0.05, "class_fraction": 0.5, "similarity_threshold": 0.9}
 
@@ -47,12 +47,6 @@ def make_trainer(tmp_path, *callbacks, **kwargs):
         enable_model_summary=False,
         **kwargs,
     )
-
-
-@pytest.fixture(scope="module")
-def state():
-    torch.manual_seed(0)
-    return train_briefly(conv_relu_net()).state_dict()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_polydis import disentangle, evaluate_splits, find_polysemantic_channels
 from lightning_polydis.rehearsal import changes_under_gradients, is_compiled, rehearsal
-from tests.networks import BottleneckNet, Classifier, conv_relu_net, loader, make_batches, train_briefly
+from tests.networks import BottleneckNet, Classifier, loader, make_batches, train_briefly
 from tests.test_callback import SETTINGS, HeadOfBackbone, as_loader, callback_for, make_trainer, n_hooks
 
 GRAPHS = []
@@ -31,12 +31,6 @@ def _fresh():
     GRAPHS.clear()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture(scope="module")
-def net():
-    torch.manual_seed(0)
-    return train_briefly(conv_relu_net())
 
 
 def whole(module):
@@ -373,8 +367,8 @@ def test_projections_of_attention_do_not_run_and_are_refused_in_words(tmp_path):
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed, self.lstm = nn.Linear(27, 16), nn.LSTM(16, 8, batch_first=True)
-        self.head = nn.Linear(8, 4)
+        self.embed, self.lstm = nn.Linear(27, 16), nn.LSTM(16, 16, batch_first=True)
+        self.head = nn.Linear(16, 4)
 
     def forward(self, images):
         return self.head(self.lstm(self.embed(images.flatten(2).mT.reshape(len(images), 9, 27)).relu())[0].mean(1))

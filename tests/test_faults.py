@@ -14,14 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchmetrics import MeanMetric
 
 from lightning_polydis import find_polysemantic_channels
-from tests.networks import Classifier, conv_relu_net, loader, make_batches, train_briefly
+from tests.networks import Classifier, loader, make_batches
 from tests.test_callback import SETTINGS, callback_for, make_trainer, n_hooks
-
-
-@pytest.fixture(scope="module")
-def net():
-    torch.manual_seed(0)
-    return train_briefly(conv_relu_net())
 
 
 class OwnError(Exception):

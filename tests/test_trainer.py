@@ -22,16 +22,10 @@ from torch.utils.data import IterableDataset
 
 from lightning_polydis import SplitConv2d, find_polysemantic_channels
 from lightning_polydis._trainer import check_strategy
-from tests.networks import Classifier, conv_relu_net, loader, make_batches, train_briefly
+from tests.networks import Classifier, loader, make_batches
 from tests.test_callback import SETTINGS, as_loader, callback_for, make_trainer, n_hooks
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def net():
-    torch.manual_seed(0)
-    return train_briefly(conv_relu_net())
 
 
 @pytest.fixture
