@@ -230,6 +230,8 @@ class ChannelAnalysis:
                 "The network's output looks like probabilities or log-probabilities, not logits; relevances are then "
                 "those of probabilities. Pass `logits_module` or `logits_fn` to point to the logits."
             )
+        for text in collector.notes:
+            self._note(text)
         # Now, because by the end of the epoch somebody may have exchanged the weights.
         self._copies = {name: plain_copy(layer) for name, layer in self._layers.items()}
         per_class = self._affordable_samples(records, num_classes)

@@ -81,11 +81,15 @@ def collector_for(
     observe: Callable[[str, Tensor], Any],
 ) -> RelevanceCollector:
     """The collector that the settings ask for."""
-    return RelevanceCollector(
-        model,
-        layers,
-        logits_fn=settings.logits_fn,
-        logits_module=settings.logits_module,
-        num_classes=settings.num_classes,
-        observe=observe,
-    )
+    arguments: dict[str, Any] = {
+        "logits_fn": settings.logits_fn,
+        "logits_module": settings.logits_module,
+        "num_classes": settings.num_classes,
+        "observe": observe,
+    }
+    if settings.attribution == "gradient_x_input":
+        return RelevanceCollector(model, layers, **arguments)
+    from lightning_polydis.lrp import resolve_composite  # zennit takes its time to import
+    from lightning_polydis.replay import CompositeCollector
+
+    return CompositeCollector(model, layers, composite=resolve_composite(settings.attribution), **arguments)

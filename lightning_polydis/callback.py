@@ -60,7 +60,8 @@ class ChannelDisentanglement(Callback):
         concepts: ``"classes"``: concepts are groups of classes.
         leak_weight: How much a concept channel that answers to other concepts weighs against one that differs from
             the original on its own images, above 0. For ``method="optimized"``.
-        attribution: ``"gradient_x_input"``.
+        attribution: What decides which channels are relevant: ``"gradient_x_input"``, or a zennit composite or the name
+            of a registered one (``"epsilon_plus_flat"``), for which each batch passes once more, through a copy.
         split: Split the LightningModule, in place, when ``fit`` has ended. Its weights are then the final ones, not
             those of the best checkpoint.
         every_n_epochs: Analyse every n-th validation of a ``fit``; the first one always, and the last one unless

@@ -120,6 +120,8 @@ class RelevanceCollector:
         self._handles: list[RemovableHandle] = []
         self.num_logits: int | None = None
         self.logits_are_normalised = False
+        self.logits: Tensor | None = None  # of the last pass
+        self.notes: list[str] = []  # for the report's reader
         self._forget()
 
     def _forget(self) -> None:
@@ -150,7 +152,7 @@ class RelevanceCollector:
         if self._logits_module is not None:
             self._handles.append(modules[self._logits_module].register_forward_hook(self._leave_head))
         skip = self._model if wrapped else None
-        self._stack = CallStack([modules[path] for path in containers], self._leave, skip, on_failure=self._fail)
+        self._stack = CallStack([modules[path] for path in containers], self._leave, skip, self._begin, self._fail)
         self._handles += self._stack.handles
         if self._watch_followers and not rehearsal:
             self._hook_followers(modules)
@@ -251,6 +253,9 @@ class RelevanceCollector:
         # A clone, because the in-place ReLU that often follows would overwrite what was kept.
         return kept.clone()
 
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """The outermost call is about to be made."""
+
     def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         self.outermost = module
         if self._logits_module is not None:
@@ -311,6 +316,7 @@ class RelevanceCollector:
     def _checked_logits(self, output: Any) -> Tensor:
         where = f"`{self._logits_module}`" if self._logits_module else "the network"
         logits = checked_logits(self._found_logits(output), self._targets, self._num_classes, where)
+        self.logits = logits.detach()
         if self.num_logits is None:
             self.num_logits = logits.shape[1]
             self.logits_are_normalised = are_normalised(logits.detach())

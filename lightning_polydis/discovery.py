@@ -49,7 +49,7 @@ class ForwardCall:
     def of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall:
         """The call of a module that is about to be made."""
         # Copies, because the network may overwrite its inputs.
-        args, kwargs = apply_to_collection((args, kwargs), Tensor, lambda tensor: tensor.clone(), allow_frozen=True)
+        args, kwargs = with_tensors((args, kwargs), lambda tensor: tensor.clone())
         devices = {tensor.device.type for tensor in (*module.parameters(), *module.buffers())}
         mixed = [(device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device)]
         return ForwardCall(module, args, kwargs, torch.get_default_dtype(), tuple(mixed))
@@ -60,6 +60,14 @@ class ForwardCall:
             for device, dtype in self.autocast:
                 stack.enter_context(torch.autocast(device, dtype))
             self.module(*self.args, **self.kwargs)
+
+
+def with_tensors(arguments: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Arguments with other tensors in them; as they are, if they are in something that cannot be made anew."""
+    try:
+        return apply_to_collection(arguments, Tensor, change, allow_frozen=True)
+    except Exception:  # a mapping whose constructor takes something else, for instance
+        return arguments
 
 
 class LayerDiscovery:

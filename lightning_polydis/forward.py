@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +15,27 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_polydis._checks import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch.utils.hooks import RemovableHandle
+
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 class PassDone(BaseException):
@@ -85,6 +103,48 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
                 setattr(owner, name, buffer)
+
+
+def quiet_copy(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, in ``float32`` or wider, whose parameters need no gradients.
+
+    It has none of the hooks: it is the network that is watched, not the copy.
+
+    Raises:
+        ValueError: If the module cannot be copied.
+
+    Example:
+        >>> from torch import nn
+        >>> layer = nn.Linear(2, 2)
+        >>> handle = layer.register_forward_hook(print)
+        >>> quiet_copy(layer)._forward_hooks
+        OrderedDict()
+    """
+    unhooked: dict[int, Any] = {id(getattr(part, name)): OrderedDict() for part in module.modules() for name in HOOKS}
+    try:
+        copied = copy.deepcopy(module, unhooked)
+    except Exception as error:
+        raise InputError(
+            f"Expected a network that can be copied, so that it is left alone itself, but `{type(module).__name__}` "
+            f"cannot ({type(error).__name__}: {error})."
+        ) from error
+    _uncompile(module, unhooked)
+    if any(part.is_floating_point() and part.dtype.itemsize < 4 for part in copied.parameters()):
+        copied.float()
+    return copied.eval().requires_grad_(False)
+
+
+def _uncompile(module: nn.Module, copies: dict[int, Any]) -> None:
+    """Give copies of modules their own methods in the place of compiled ones, which run what they were made for."""
+    for part in module.modules():
+        own = copies.get(id(part))
+        if own is None:  # by a way of copying that is the user's
+            continue
+        own._compiled_call_impl = None
+        for name, value in vars(part).items():
+            original = getattr(value, "_torchdynamo_orig_callable", None)
+            if isinstance(original, MethodType):
+                own.__dict__[name] = copy.deepcopy(original, copies)
 
 
 class CallStack:

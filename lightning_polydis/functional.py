@@ -77,6 +77,7 @@ def evaluate_splits(
     device: torch.device | str | None = None,
     progress: bool = True,
     relevance_threshold: float = 0.03,
+    attribution: Any = "gradient_x_input",
     num_classes: int | None = None,
     logits_module: str | None = None,
     target_fn: Callable[[Any], Any] | None = None,
@@ -91,6 +92,7 @@ def evaluate_splits(
         device: Where to run; `None`: where the network's parameters are.
         progress: Show a progress bar.
         relevance_threshold: When a channel is relevant for an image, in (0, 1]; all as in `AnalysisSettings`.
+        attribution: ``"gradient_x_input"``, a zennit composite or the name of one.
         num_classes: Number of classes; `None`: the width of the logits.
         logits_module: Name of the module whose output is the logits, where it is not the outermost one.
         target_fn: Batch -> class indices ``[B]``.
@@ -118,6 +120,7 @@ def evaluate_splits(
         return []
     settings = AnalysisSettings(
         relevance_threshold=relevance_threshold,
+        attribution=attribution,
         num_classes=num_classes,
         logits_module=logits_module,
         target_fn=target_fn,

@@ -34,7 +34,9 @@ class AnalysisSettings:
         concepts: ``"classes"``: concepts are groups of classes.
         leak_weight: How much a concept channel that answers to other concepts weighs against one that differs from
             the original on its own images, above 0. For ``method="optimized"``.
-        attribution: ``"gradient_x_input"``.
+        attribution: What decides which channels are relevant: ``"gradient_x_input"``, or a zennit composite or the name
+            of a registered one (``"epsilon_plus_flat"``, see `replay.CompositeCollector`), for which each batch passes
+            through a copy of the network once more. Direction and relevance vectors come from gradients all the same.
         num_classes: Number of classes; `None`: the width of the logits.
         class_names: Names of the classes, for reports.
         calibration_samples: Images of each class whose layer input is kept, half to choose memberships, half to judge
@@ -100,16 +102,12 @@ class AnalysisSettings:
     def _check_method(self) -> None:
         check_choice("method", self.method, ["paper", "optimized"])
         check_choice("concepts", self.concepts, ["classes", "clusters"])
-        not_yet = {
-            'concepts="clusters"': self.concepts == "clusters",
-            f"attribution={self.attribution!r}": self.attribution != "gradient_x_input",
-        }
-        for setting, asked in not_yet.items():
-            if asked:
-                raise InputError(
-                    f"`{setting}` is not available in this version yet. Available are concepts='classes' and "
-                    "attribution='gradient_x_input'."
-                )
+        if self.concepts == "clusters":
+            raise InputError("`concepts='clusters'` is not available in this version yet. Use concepts='classes'.")
+        if self.attribution != "gradient_x_input":
+            from lightning_polydis.lrp import resolve_composite  # zennit takes its time to import
+
+            resolve_composite(self.attribution)
 
     def _check_similarity_threshold(self) -> None:
         value = self.similarity_threshold
@@ -146,6 +144,11 @@ class AnalysisSettings:
         return [self.layers] if isinstance(self.layers, str) else list(self.layers)
 
     @property
+    def attribution_name(self) -> str:
+        """What the attribution is called, for reports."""
+        return self.attribution if isinstance(self.attribution, str) else type(self.attribution).__name__
+
+    @property
     def threshold(self) -> float | str:
         """The similarity threshold in force: a number or ``"auto"``."""
         if self.similarity_threshold is None:
@@ -168,7 +171,7 @@ class AnalysisSettings:
         return {
             "method": self.method,
             "concepts": self.concepts,
-            "attribution": self.attribution,
+            "attribution": self.attribution_name,
             "relevance_threshold": float(self.relevance_threshold),  # numpy's numbers are no plain types
             "class_fraction": float(self.class_fraction),
             "similarity_threshold": self.threshold,

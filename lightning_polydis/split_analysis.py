@@ -6,18 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_polydis._checks import InputError
 from lightning_polydis.batches import check_module_name, collector_for, targets_of
 from lightning_polydis.evaluation import SplitEvaluator, SplitQuality
 from lightning_polydis.forward import full_precision
-from lightning_polydis.layers import LinearLayer, channel_count, find_layer, inputs_per_channel, is_finite
-from lightning_polydis.plan import ChannelSplit, SplitPlan, check_fits
-from lightning_polydis.splitting import SplitLayer
+from lightning_polydis.layers import is_finite
 from lightning_polydis.statistics import relevant_channels
+from lightning_polydis.surgery import layer_of_plan
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from lightning_polydis.plan import SplitPlan
     from lightning_polydis.settings import AnalysisSettings
 
 
@@ -38,7 +37,7 @@ class SplitAnalysis:
     def __init__(self, model: nn.Module, plan: SplitPlan, settings: AnalysisSettings) -> None:
         check_module_name(model, settings.logits_module)
         self._settings = settings
-        self._layers = {name: _layer_of_plan(model, plan, name) for name in plan.layers}
+        self._layers = {name: layer_of_plan(model, plan, name) for name in plan.layers}
         self._plan = plan
         self._evaluators = {name: SplitEvaluator(plan.of_layer(name)) for name in plan.layers}
         self._collector = collector_for(model, self._layers, settings, lambda name, inputs: inputs.clone())
@@ -81,26 +80,3 @@ class SplitAnalysis:
     def compute(self) -> list[SplitQuality]:
         """Quality of each split over all processes, layer by layer, in the plan's order within a layer."""
         return [quality for evaluator in self._evaluators.values() for quality in evaluator.compute()]
-
-
-def _layer_of_plan(model: nn.Module, plan: SplitPlan, name: str) -> LinearLayer | SplitLayer:
-    module = dict(model.named_modules()).get(name)
-    if isinstance(module, SplitLayer):
-        stored = {split.channel: split for split in module.splits(name)}
-        other = [split.channel for split in plan.of_layer(name) if not _is_same(split, stored.get(split.channel))]
-        if other:
-            raise InputError(
-                f"The plan does not fit layer `{name}`, which is split already: its channels {other} are not split "
-                "there, or in another way. Judge the plan on the model before the split."
-            )
-        return module
-    layer = find_layer(model, name)
-    for split in plan.of_layer(name):
-        check_fits([split], channel_count(layer), inputs_per_channel(layer))
-    return layer
-
-
-def _is_same(split: ChannelSplit, stored: ChannelSplit | None) -> bool:
-    if stored is None or split.concepts != stored.concepts or split.membership.shape != stored.membership.shape:
-        return False
-    return torch.allclose(split.membership, stored.membership, atol=1e-2)  # the layer may be in half precision

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lightning_polydis._checks import InputError
+from lightning_polydis.forward import quiet_copy
 from lightning_polydis.layers import channel_count, find_layer, input_count, inputs_per_channel, plain_copy
-from lightning_polydis.plan import SplitPlan, check_fits
+from lightning_polydis.plan import ChannelSplit, SplitPlan, check_fits
 from lightning_polydis.splitting import SplitLayer, split_layer, stored_splits
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_polydis.layers import LinearLayer
-    from lightning_polydis.plan import ChannelSplit
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -82,6 +82,47 @@ def _check_splits(model: nn.Module, name: str, splits: Sequence[ChannelSplit]) -
     else:
         layer = find_layer(model, name)
         check_fits(splits, channel_count(layer), inputs_per_channel(layer))
+
+
+def split_copy(model: nn.Module, plan: SplitPlan) -> nn.Module:
+    """A copy of a network that is split by a plan, whether the network is so already or not.
+
+    The copy has no hooks, is in evaluation mode and in ``float32`` or wider, and its parameters need no gradients.
+
+    Raises:
+        ValueError: If the plan does not fit the network, or that cannot be copied.
+    """
+    layers = {name: layer_of_plan(model, plan, name) for name in plan.layers}
+    whole = [name for name, layer in layers.items() if not isinstance(layer, SplitLayer)]
+    return disentangle(quiet_copy(model), SplitPlan([split for split in plan if split.layer in whole]), inplace=True)
+
+
+def layer_of_plan(model: nn.Module, plan: SplitPlan, name: str) -> LinearLayer | SplitLayer:
+    """A layer that a plan splits, before or after it was split.
+
+    Raises:
+        ValueError: If the plan does not fit the layer, or not the way it was split.
+    """
+    module = dict(model.named_modules()).get(name)
+    if isinstance(module, SplitLayer):
+        stored = {split.channel: split for split in module.splits(name)}
+        other = [split.channel for split in plan.of_layer(name) if not _is_same(split, stored.get(split.channel))]
+        if other:
+            raise InputError(
+                f"The plan does not fit layer `{name}`, which is split already: its channels {other} are not split "
+                "there, or in another way. Judge the plan on the model before the split."
+            )
+        return module
+    layer = find_layer(model, name)
+    for split in plan.of_layer(name):
+        check_fits([split], channel_count(layer), inputs_per_channel(layer))
+    return layer
+
+
+def _is_same(split: ChannelSplit, stored: ChannelSplit | None) -> bool:
+    if stored is None or split.concepts != stored.concepts or split.membership.shape != stored.membership.shape:
+        return False
+    return torch.allclose(split.membership, stored.membership, atol=1e-2)  # the layer may be in half precision
 
 
 def split_further(layer: SplitLayer, splits: Sequence[ChannelSplit]) -> SplitLayer:

@@ -1,0 +1,91 @@
+"""The how-tos in the docs folder run."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_polydis import find_polysemantic_channels
+from tests.networks import loader, make_images
+from tests.test_readme import Resnet
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+NOT_PYTHON = {"text", "bash", "yaml", "json"}
+
+
+def python_blocks(text):
+    """First line (counted from 0) and code of each Python block; a block that is of no known language is an error."""
+    blocks, language, first, code = [], None, 0, []
+    for number, line in enumerate(text.splitlines()):
+        if not line.lstrip().startswith(("```", "~~~")):
+            code.append(line)
+        elif language is None:
+            language, first, code = line.removeprefix("```"), number + 1, []
+            if language not in {"python", *NOT_PYTHON}:
+                raise ValueError(f"Line {number + 1}: expected ```python or one of {NOT_PYTHON}, but got {line!r}.")
+        else:
+            if language == "python":
+                blocks.append((first, "\n".join(code)))
+            language = None
+    if language is not None:
+        raise ValueError(f"The block that begins at line {first} has no end.")
+    return blocks
+
+
+@pytest.fixture(scope="module")
+def analysed():
+    """The network of the README's test, and its report."""
+    torch.manual_seed(0)
+    model = Resnet().eval()
+    thresholds = {"relevance_threshold": 0.001, "class_fraction": 0.1, "similarity_threshold": 0.9}
+    report = find_polysemantic_channels(model, loader(), layers="layer4.2.conv3", progress=False, **thresholds)
+    assert len(report.plan) > 0
+    return model, report
+
+
+def test_there_are_pages():
+    assert DOCS / "captum.md" in PAGES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_every_code_block_of_a_page_runs(page, analysed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model, report = analysed
+    images, targets = make_images()
+    names = {
+        "__name__": "__main__",
+        "model": copy.deepcopy(model),
+        "report": report,
+        "images": images,
+        "targets": targets,
+        "val_loader": loader(),
+    }
+    blocks = python_blocks(page.read_text(encoding="utf-8"))
+    assert blocks, "a how-to without code"
+    for first, code in blocks:
+        exec(compile("\n" * first + code, str(page), "exec"), names)  # tracebacks show the page's own lines
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```py\nx = 1\n```", "Line 1: expected ```python"),
+        ("text\n\n```\nx = 1\n```", "Line 3: expected ```python"),
+        ("- item\n  ```python\n  x = 1\n  ```", "Line 2: expected ```python"),
+        ("~~~python\nx = 1\n~~~", "Line 1: expected ```python"),
+        ("```python\nx = 1\n", "begins at line 1 has no end"),
+    ],
+)
+def test_a_block_that_would_be_left_out_is_an_error(text, message):
+    with pytest.raises(ValueError, match=message):
+        python_blocks(text)
+
+
+def test_blocks_are_found_with_their_lines():
+    assert python_blocks("a\n```python\nx = 1\n\ny = 2\n```\n```text\nz\n```\n```python\n```") == [
+        (2, "x = 1\n\ny = 2"),
+        (10, ""),
+    ]
