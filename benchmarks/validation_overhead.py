@@ -127,6 +127,7 @@ def validate(module: Classifier, loader: DataLoader, arguments: argparse.Namespa
         MODELS[arguments.model][1],
         relevance_threshold=arguments.relevance_threshold,
         similarity_threshold=arguments.similarity_threshold,
+        attribution=arguments.attribution,
         strict=True,
     )
     trainer = pl.Trainer(
@@ -193,7 +194,7 @@ def print_results(arguments: argparse.Namespace, rounds: list[tuple[Epoch, Epoch
         print(f"peak memory, {place}: {memory[False][place]:.0f} MiB without, {memory[True][place]:.0f} MiB with")
     print(f"candidates: {found.n_candidates}, threads: {torch.get_num_threads()}")
     cells = [
-        f"{arguments.model}{', compiled' if arguments.compile else ''}",
+        f"{arguments.model}{', compiled' if arguments.compile else ''}, {arguments.attribution}",
         f"`{MODELS[arguments.model][1]}`",
         f"{found.n_images}",
         f"{found.n_flagged}",
@@ -218,6 +219,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--relevance-threshold", type=float, default=0.03)
     parser.add_argument("--similarity-threshold", type=float, default=None)
+    parser.add_argument("--attribution", default="gradient_x_input", help="or the name of a zennit composite")
     parser.add_argument(
         "--clock", choices=list(CLOCKS), default="wall", help="cpu: of this process, for busy machines and --threads 1"
     )

@@ -6,6 +6,7 @@ from lightning_polydis.checkpoint import load_from_checkpoint
 from lightning_polydis.detection import PolysemanticChannel, PolysemanticPair
 from lightning_polydis.evaluation import ConceptQuality, SplitQuality
 from lightning_polydis.functional import evaluate_splits, find_polysemantic_channels
+from lightning_polydis.heatmaps import ConceptHeatmaps, concept_heatmaps
 from lightning_polydis.plan import ChannelSplit, SplitPlan
 from lightning_polydis.report import PolysemanticityReport
 from lightning_polydis.splitting import SplitConv1d, SplitConv2d, SplitConv3d, SplitLinear
@@ -14,6 +15,7 @@ from lightning_polydis.surgery import disentangle
 __all__ = [
     "ChannelDisentanglement",
     "ChannelSplit",
+    "ConceptHeatmaps",
     "ConceptQuality",
     "PolysemanticChannel",
     "PolysemanticPair",
@@ -25,6 +27,7 @@ __all__ = [
     "SplitPlan",
     "SplitQuality",
     "__version__",
+    "concept_heatmaps",
     "disentangle",
     "evaluate_splits",
     "find_polysemantic_channels",

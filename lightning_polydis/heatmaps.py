@@ -203,11 +203,12 @@ class _SplitNetwork:
             self._composite = resolve_composite(attribution)
         self._ready: Composite | None = None  # the composite, once the network was seen at work
         self._plan, self._logits_fn, self._logits_module = plan, logits_fn or default_logits, logits_module
-        self._model: Any = split_copy(model, plan)
-        home = next(self._model.parameters()).device
-        self._device = home if device is None else torch.device(device)
-        self._model.to(self._device)
-        self._expands = {name: self._model.get_submodule(name).expand for name in plan.layers}
+        with torch.inference_mode(False):  # what is copied there could never have gradients
+            self._model: Any = split_copy(model, plan)
+            home = next(self._model.parameters()).device
+            self._device = home if device is None else torch.device(device)
+            self._model.to(self._device)
+        self._expands: dict[str, Any] = {name: self._model.get_submodule(name).expand for name in plan.layers}
         self._head: nn.Module = self._model.get_submodule(logits_module or "")
 
     def maps(self, images: Tensor, targets: Tensor | None) -> list[Tensor]:
@@ -265,11 +266,11 @@ class _SplitNetwork:
     @contextmanager
     def _passed(self, inputs: Tensor, targets: Tensor | None) -> Iterator[_Pass]:
         """One pass, as long as its graph is needed."""
-        inputs = inputs.detach().to(self._device, next(self._model.parameters()).dtype)
         seen: dict[nn.Module, Any] = {}
         with ExitStack() as stack:
             stack.enter_context(isolate_rng())
             stack.enter_context(torch.inference_mode(False))
+            inputs = inputs.detach().clone().to(self._device, next(self._model.parameters()).dtype)
             self._fit_composite(inputs)
             if self._ready is not None:
                 stack.enter_context(self._ready.context(self._model))
@@ -277,7 +278,7 @@ class _SplitNetwork:
                 handle = module.register_forward_hook(lambda module, args, output: seen.update({module: output}))
                 stack.callback(handle.remove)
             stack.enter_context(torch.enable_grad())
-            inputs = inputs.clone().requires_grad_()
+            inputs.requires_grad_()
             self._model(inputs.clone())
             yield self._explained(inputs, seen, targets)
 

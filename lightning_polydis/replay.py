@@ -13,7 +13,7 @@ from lightning_polydis._checks import InputError
 from lightning_polydis.collection import LayerRecord, RelevanceCollector
 from lightning_polydis.discovery import ForwardCall, with_tensors
 from lightning_polydis.forward import default_dtype, full_precision, path_to, quiet_copy
-from lightning_polydis.layers import channels_are_last, sum_over_positions
+from lightning_polydis.layers import at_least_single, channels_are_last, sum_over_positions
 from lightning_polydis.lrp import MAX_DEVIATION, deviation, fitted_composite
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class ModuleCopy:
                 f"of a copy in evaluation mode deviate by {off:.2g} of the largest one. Leave out what is random in "
                 "the forward pass and hooks that change it, or use `attribution='gradient_x_input'`."
             )
-        scale = own.gather(1, targets.to(own.device)[:, None]).float()
+        scale = at_least_single(own.gather(1, targets.to(own.device)[:, None]))
         return {
             outer: sum_over_positions(records[inner].gradient, channels_last=self._last[inner]) * scale
             for outer, inner in self._names.layers.items()

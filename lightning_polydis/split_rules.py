@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from lightning_polydis.splitting import SplitLayer
 
 
+LEAST_PORTION = 1e-20
+"""What stands for a portion of zero, by which nothing could be multiplied and divided again."""
+
+
 @dataclass(frozen=True)
 class PartTable:
     """Which channel each row of ``expand`` is a part of.
@@ -152,7 +156,9 @@ class ExpandRule(Hook):  # type: ignore[misc]
             if bias is not None:
                 contribution = contribution + scale * bias.view(-1, *[1] * (-1 - dim))
             total = total.to(contribution) + contribution * unit.index_select(dim, table.channel)
-        return total.detach()
+        # What a part gives to some inputs and takes from others may cancel out; it has to be passed on all the same.
+        least = LEAST_PORTION * table.sign.abs().to(total).view(-1, *[1] * (-1 - dim))
+        return torch.where(total == 0, least, total).detach()
 
 
 class MergeRule(Hook):  # type: ignore[misc]

@@ -72,11 +72,14 @@ def main(folder: Path, loop: str) -> None:
         class_fraction=0.5,
         similarity_threshold=0.9,
         split=loop == "fit",
+        attribution="epsilon_plus_flat" if loop == "composite" else "gradient_x_input",
     )
     trainer = make_trainer(folder, callback)
     if loop == "fit":
         trainer.fit(module, loader(), loader(batch_size=8))
         assert isinstance(module.net[2], SplitConv2d)
+    elif loop == "composite":
+        trainer.validate(module, loader(batch_size=8), verbose=False)
     else:
         getattr(trainer, loop)(module, loader(batch_size=8), verbose=False)
         judge(trainer, module, callback.plan, folder)

@@ -281,3 +281,46 @@ def _channel_output(layer, row: Tensor, bias: float, x: Tensor) -> Tensor:
         return (x.reshape(-1, x.shape[-1]) * row).sum(-1) + bias
     windows = F.unfold(x[None], layer.kernel_size, layer.dilation, layer.padding, layer.stride)[0]
     return (windows * row.flatten()[:, None]).sum(0) + bias
+
+
+def parts_by_hand(layer, x, relevance, membership, rule) -> tuple[Tensor, Tensor]:
+    """What each part of channel 0 gets, [K + 1, B], and gives to each source, [K + 1, B, I], number by number."""
+    weight, bias = layer.weight[0].tolist(), layer.bias.tolist()[0]
+    n_concepts, n_inputs = membership.shape
+    rows = [*membership.tolist(), [1 - float(total) for total in membership.sum(0)]]  # the residual counts as negative
+    of_bias = [1.0] * n_concepts + [1.0 - n_concepts]
+    portions = torch.zeros(n_concepts + 1, len(x), dtype=torch.float64)
+    passed = torch.zeros(n_concepts + 1, len(x), n_inputs, dtype=torch.float64)
+    for b, image in enumerate(x.tolist()):
+        gains = [w * value for w, value in zip(weight, image, strict=True)]
+        if rule == "z_plus":
+            gains, own_bias = [max(gain, 0) for gain in gains], max(bias, 0)
+        else:
+            own_bias = bias
+        total = sum(gains) + own_bias
+        for i, shares in enumerate(rows):
+            for k in range(n_inputs):
+                passed[i, b, k] = shares[k] * gains[k] / total * relevance[b]
+            portions[i, b] = passed[i, b].sum() + of_bias[i] * own_bias / total * relevance[b]
+    return portions, passed
+
+
+def composite_relevance(net, layer, composite, images, targets, starts_from_one=False) -> Tensor:
+    """The composite's modified gradient at a layer's output, started from the logit, summed over positions: [B, C].
+
+    ``starts_from_one``: the backward pass starts from 1 and is multiplied by the logit afterwards.
+    """
+    net = copy.deepcopy(net).eval()
+    for module in net.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    seen = []
+    with composite.context(net):
+        net.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(output))
+        logits = net(images.clone().requires_grad_())
+        chosen = F.one_hot(targets, logits.shape[1]) * logits.detach()
+        start = F.one_hot(targets, logits.shape[1]).to(logits) if starts_from_one else chosen
+        (gradient,) = torch.autograd.grad(logits, seen[0], start)
+    if starts_from_one:
+        gradient = torch.stack([one * float(logit.sum()) for one, logit in zip(gradient, chosen, strict=True)])
+    return torch.stack([summed(net.get_submodule(layer), one.detach()) for one in gradient])
