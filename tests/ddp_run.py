@@ -46,6 +46,24 @@ def analyse(folder: Path) -> None:
     callback.plan.save(folder / f"shared_plan_{trainer.global_rank}.json")
 
 
+def decide_by_composite(folder: Path) -> None:
+    """Validate the trained module again, where zennit tells which channels are relevant."""
+    torch.manual_seed(0)
+    module = Classifier(train_briefly(conv_relu_net()))
+    callback = ChannelDisentanglement(
+        "net.2",
+        relevance_threshold=0.05,
+        class_fraction=0.5,
+        similarity_threshold=0.9,
+        attribution="epsilon_plus_flat",
+        strict=True,
+    )
+    trainer = make_trainer(folder, callback)
+    trainer.validate(module, loader(batch_size=8), verbose=False)
+    callback.report.save(folder / f"composite_report_{trainer.global_rank}.json")
+    callback.plan.save(folder / f"composite_plan_{trainer.global_rank}.json")
+
+
 def one_process_sees_nothing_but_nan(folder: Path) -> None:
     """Validate where every batch of rank 1 has to be left out."""
     torch.manual_seed(0)
@@ -72,18 +90,16 @@ def main(folder: Path, loop: str) -> None:
         class_fraction=0.5,
         similarity_threshold=0.9,
         split=loop == "fit",
-        attribution="epsilon_plus_flat" if loop == "composite" else "gradient_x_input",
     )
     trainer = make_trainer(folder, callback)
     if loop == "fit":
         trainer.fit(module, loader(), loader(batch_size=8))
         assert isinstance(module.net[2], SplitConv2d)
-    elif loop == "composite":
-        trainer.validate(module, loader(batch_size=8), verbose=False)
     else:
         getattr(trainer, loop)(module, loader(batch_size=8), verbose=False)
         judge(trainer, module, callback.plan, folder)
         analyse(folder)
+        decide_by_composite(folder)
     rank = trainer.global_rank
     callback.report.save(folder / f"report_{rank}.json")
     callback.plan.save(folder / f"plan_{rank}.json")

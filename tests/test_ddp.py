@@ -115,6 +115,28 @@ def test_two_processes_that_share_every_class_calibrate_as_one_does(runs):
     assert known[0] == pytest.approx(known[1], abs=1e-5)
 
 
+def test_a_composite_decides_in_two_processes_as_in_one(runs):
+    folder, _ = runs("validate")
+    reports = [PolysemanticityReport.load(folder / f"composite_report_{rank}.json") for rank in (0, 1)]
+    plans = [SplitPlan.load(folder / f"composite_plan_{rank}.json") for rank in (0, 1)]
+    assert reports[0].pairs == reports[1].pairs
+    assert plans[0] == plans[1]
+    torch.manual_seed(0)
+    net = train_briefly(conv_relu_net())
+    found, composite, plain = (
+        {(pair.channel, pair.class_a, pair.class_b): pair.cosine_similarity for pair in report.pairs}
+        for report in (
+            reports[0],
+            find_polysemantic_channels(net, make_batches(), "2", attribution="epsilon_plus_flat", **SETTINGS),
+            find_polysemantic_channels(net, make_batches(), "2", **SETTINGS),
+        )
+    )
+    assert found == pytest.approx(composite, abs=1e-6)
+    assert found.keys() != plain.keys()
+    assert len(found) > 2
+    assert reports[0].n_images == 48
+
+
 def test_a_process_without_a_usable_batch_takes_part(tmp_path):
     run(tmp_path, "nan")
     reports = [PolysemanticityReport.load(tmp_path / f"report_{rank}.json") for rank in (0, 1)]
