@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lightning_polydis._checks import InputError
 from lightning_polydis._files import parse, read_json, write_json
+from lightning_polydis.cards import ChannelCard, EpochEntry, LayerOverview
 from lightning_polydis.detection import LayerDetection, PolysemanticChannel, PolysemanticPair
 from lightning_polydis.evaluation import SplitQuality
 from lightning_polydis.layers import find_layer
@@ -90,6 +91,7 @@ class PolysemanticityReport:
         n_images_left_out: Images that were not, because their batch held NaN or infinity.
         class_names: Names of the classes, or `None`.
         notes: What a reader should know: classes without images, images left out, fewer samples than wanted.
+        history: One entry for each analysed epoch of the run and each layer.
 
     Example:
         >>> import torch
@@ -111,10 +113,13 @@ class PolysemanticityReport:
     n_images_left_out: int = 0
     class_names: list[str] | None = None
     notes: list[str] = field(default_factory=list)
+    history: list[EpochEntry] = field(default_factory=list, repr=False)
     _evidence: dict[str, LayerEvidence] | None = field(default=None, repr=False)
     _saved_plan: SplitPlan | None = field(default=None, repr=False)
     _saved_quality: list[SplitQuality] | None = field(default=None, repr=False)
     _saved_sweeps: list[LayerSweep] | None = field(default=None, repr=False)
+    _saved_cards: list[ChannelCard] | None = field(default=None, repr=False)
+    _saved_overviews: list[LayerOverview] | None = field(default=None, repr=False)
 
     @cached_property
     def plan(self) -> SplitPlan | None:
@@ -162,6 +167,16 @@ class PolysemanticityReport:
         if self._evidence is None:
             raise InputError("This report was loaded from a file that holds no sweep. Run the analysis again.")
         return [sweep_layer(evidence) for evidence in self._evidence.values()]
+
+    @cached_property
+    def cards(self) -> list[ChannelCard]:
+        """Cards of the most polysemantic channels, at most 20; made when first asked for, empty if no file holds any."""
+        return self._saved_cards or []
+
+    @cached_property
+    def overviews(self) -> list[LayerOverview]:
+        """Each layer at a glance; made when first asked for, empty if the report comes from a file without any."""
+        return self._saved_overviews or []
 
     def suggest_settings(self) -> SuggestedSettings:
         """Settings that suit these layers and data, and why, from the `sweeps`."""
@@ -253,8 +268,7 @@ class PolysemanticityReport:
 
         The quality of the splits and the sweeps are included if they were asked for before.
         """
-        has_sweeps = "sweeps" in self.__dict__ or self._saved_sweeps is not None
-        has_quality = "quality" in self.__dict__ or self._saved_quality is not None
+        has_sweeps, has_quality = self._has("sweeps"), self._has("quality")
         return {
             "settings": self.settings,
             "n_images": self.n_images,
@@ -266,7 +280,14 @@ class PolysemanticityReport:
             "pairs": [asdict(pair) for pair in self.pairs],
             "quality": [quality.to_json() for quality in self.quality] if has_quality else None,
             "sweeps": [sweep.to_json() for sweep in self.sweeps] if has_sweeps else None,
+            "history": [entry.to_json() for entry in self.history],
+            "cards": [card.to_json() for card in self.cards] if self._has("cards") else None,
+            "overviews": [overview.to_json() for overview in self.overviews] if self._has("overviews") else None,
         }
+
+    def _has(self, name: str) -> bool:
+        """Whether something that takes time was asked for before, or came from a file."""
+        return name in self.__dict__ or getattr(self, f"_saved_{name}") is not None
 
     @staticmethod
     def load(path: str | Path) -> PolysemanticityReport:
@@ -282,6 +303,7 @@ class PolysemanticityReport:
     def from_json(document: dict[str, Any]) -> PolysemanticityReport:
         """The report that `to_json` described."""
         quality, sweeps = document["quality"], document.get("sweeps")
+        cards, overviews = document.get("cards"), document.get("overviews")
         return PolysemanticityReport(
             layers=[LayerSummary(**layer) for layer in document["layers"]],
             channels=[PolysemanticChannel(**channel) for channel in document["channels"]],
@@ -292,7 +314,10 @@ class PolysemanticityReport:
             class_names=document["class_names"],
             notes=document["notes"],
             _saved_quality=None if quality is None else [SplitQuality.from_json(entry) for entry in quality],
+            history=[EpochEntry.from_json(entry) for entry in document.get("history", [])],
             _saved_sweeps=None if sweeps is None else [LayerSweep(**sweep) for sweep in sweeps],
+            _saved_cards=None if cards is None else [ChannelCard.from_json(card) for card in cards],
+            _saved_overviews=None if overviews is None else [LayerOverview.from_json(part) for part in overviews],
         )
 
     def to_markdown(self, max_rows: int | None = None) -> str:
