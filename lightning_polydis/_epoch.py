@@ -12,9 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_polydis._checks import InputError
 from lightning_polydis._rehearsals import Rehearsals
-from lightning_polydis._trainer import chosen_loader, is_wrapped, weights_note
+from lightning_polydis._trainer import chosen_loader, evaluated_loaders, is_wrapped, weights_note
 from lightning_polydis.analysis import ChannelAnalysis
 from lightning_polydis.split_analysis import SplitAnalysis
+from lightning_polydis.thumbnails import normalisation_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -84,7 +85,8 @@ class AnalysedEpoch:
             if len(plan):
                 self._analysis = SplitAnalysis(module, plan, settings)
             else:
-                self._analysis = ChannelAnalysis(module, settings, weights_note(trainer))
+                normalisation = normalisation_of(evaluated_loaders(trainer))
+                self._analysis = ChannelAnalysis(module, settings, weights_note(trainer), normalisation)
 
     def _guarded(self) -> Any:
         return guarded(strict=self._strict, on_failure=self.drop)

@@ -5,24 +5,35 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from lightning_polydis._checks import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FORMAT_VERSION = 1
 
 
 def write_json(path: str | Path, kind: str, content: dict[str, Any]) -> None:
     """Write ``content`` under a header; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     document = {"kind": f"lightning_polydis.{kind}", "format_version": FORMAT_VERSION, **content}
     text = json.dumps(document, indent=1, allow_nan=False)
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write to that appears under its name, whole, when the block has ended, or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave an empty file under the name
         os.chmod(temporary, 0o644)

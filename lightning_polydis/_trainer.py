@@ -83,6 +83,11 @@ def chosen_loader(trainer: pl.Trainer, wanted: int | str | None) -> int | None:
     )
 
 
+def evaluated_loaders(trainer: pl.Trainer) -> Any:
+    """The loaders of the validation or test under way."""
+    return trainer.test_dataloaders if trainer.state.fn == TrainerFn.TESTING else trainer.val_dataloaders
+
+
 def weights_note(trainer: pl.Trainer) -> str | None:
     """Which weights are analysed, where a callback exchanges them; found by the callbacks' names."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -30,6 +30,7 @@ from lightning_polydis.planning import LayerEvidence
 from lightning_polydis.report import LayerSummary, PolysemanticityReport
 from lightning_polydis.settings import MEBIBYTE
 from lightning_polydis.statistics import CalibrationSamples, ChannelStatistics, cpu_group, relevant_channels
+from lightning_polydis.thumbnails import images_of, thumbnail_side, thumbnails
 from lightning_polydis.vectors import RelevanceVectors
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from lightning_polydis.detection import LayerDetection
     from lightning_polydis.settings import AnalysisSettings
     from lightning_polydis.statistics import Samples
+    from lightning_polydis.thumbnails import Normalisation
     from lightning_polydis.vectors import ClassVectors
 
 
@@ -72,15 +74,23 @@ class ChannelAnalysis:
         model: The network, or whatever contains it.
         settings: How to analyse.
         note: What the report's reader should know.
+        normalisation: How the data set normalises images, if it says so; the settings may say otherwise.
 
     Raises:
         ValueError: If a named layer or module cannot be used.
     """
 
-    def __init__(self, model: nn.Module, settings: AnalysisSettings, note: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: AnalysisSettings,
+        note: str | None = None,
+        normalisation: Normalisation | None = None,
+    ) -> None:
         check_module_name(model, settings.logits_module)
         self._model = model
         self._settings = settings
+        self._denormalize = normalisation if settings.denormalize is None else settings.denormalize
         self._observer: RelevanceCollector | LayerDiscovery
         self._layers: dict[str, LinearLayer] = {}
         self._statistics: dict[str, ChannelStatistics] = {}
@@ -89,6 +99,8 @@ class ChannelAnalysis:
         self._copies: dict[str, LinearLayer] = {}
         self._notes = [] if note is None else [note]
         self._targets = torch.empty(0)
+        self._images: Tensor | None = None
+        self._thumbnail_side = 0
         self._cpu_group = cpu_group()  # here, where all processes come by
         if settings.layer_names is None:
             self._observer = LayerDiscovery(model, logits_fn=settings.logits_fn, logits_module=settings.logits_module)
@@ -118,6 +130,7 @@ class ChannelAnalysis:
             ValueError: If the batch's targets cannot be used.
         """
         self._targets = targets_of(batch, self._settings)
+        self._images = images_of(batch)
         if isinstance(self._observer, LayerDiscovery):
             self._observer.start(wrapped=wrapped, rehearsal=rehearsal)
         else:
@@ -215,7 +228,13 @@ class ChannelAnalysis:
             inputs = inputs[torch.tensor(rows, dtype=torch.long, device=inputs.device)]
         if rows or not samples.update_called:  # an update with nothing tells torchmetrics that nothing is intended
             relevant = relevant_channels(relevance[rows], self._settings.relevance_threshold)
-            samples.update(inputs, targets[rows], relevant)
+            samples.update(inputs, targets[rows], relevant, self._pictures(rows))
+
+    def _pictures(self, rows: list[int]) -> Tensor | None:
+        """Thumbnails of some images of the batch."""
+        if self._images is None or len(self._images) != len(self._targets):
+            return None
+        return thumbnails(self._images[rows], self._thumbnail_side, self._denormalize)
 
     def _prepare(self, records: dict[str, LayerRecord], collector: RelevanceCollector) -> None:
         """Make room for the statistics, now that the number of classes and the sizes are known."""
@@ -235,6 +254,7 @@ class ChannelAnalysis:
         # Now, because by the end of the epoch somebody may have exchanged the weights.
         self._copies = {name: plain_copy(layer) for name, layer in self._layers.items()}
         per_class = self._affordable_samples(records, num_classes)
+        self._thumbnail_side = thumbnail_side((per_class or 0) * num_classes, self._settings.thumbnail_bytes)
         keeps = self._settings.calibration_samples != 0  # the same in all processes, whatever they can afford
         for name, record in records.items():
             n_channels, device = record.relevance.shape[1], record.relevance.device

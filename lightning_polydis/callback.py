@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
+    from lightning_polydis.cards import EpochEntry
     from lightning_polydis.evaluation import SplitQuality
     from lightning_polydis.report import PolysemanticityReport
 
@@ -80,7 +81,9 @@ class ChannelDisentanglement(Callback):
         target_fn: Batch -> class indices ``[B]``. `None`: ``batch[1]``, or ``batch["label"]``, ``"labels"``,
             ``"target"``, ``"targets"`` or ``"y"``.
         logits_fn: Network output -> logits ``[B, K]``. `None`: the tensor itself, ``.logits`` or ``["logits"]``.
-        dirpath: Where ``report.json`` and ``split_plan.json`` go. `None`: the logger's directory (no logger: nowhere).
+        denormalize: What makes pictures in [0, 1] of the images, for the reports: a function on ``[n, C, H, W]``, or
+            mean and standard deviation of each colour. `None`: those of the data set's transforms, if it has such.
+        dirpath: Where ``report.json``, ``report.html`` and ``split_plan.json`` go. `None`: the logger's directory (no logger: nowhere).
             With several of these callbacks in a trainer their names begin with the layers'.
         dataloader: Which of several validation loaders is analysed, by place or, where they come as a dictionary, by
             key; `None`: all of them.
@@ -119,6 +122,7 @@ class ChannelDisentanglement(Callback):
         logits_module: str | None = None,
         target_fn: Callable[[Any], Any] | None = None,
         logits_fn: Callable[[Any], Any] | None = None,
+        denormalize: Any = None,
         dirpath: str | Path | None = None,
         dataloader: int | str | None = None,
     ) -> None:
@@ -137,6 +141,7 @@ class ChannelDisentanglement(Callback):
                 class_names=class_names,
                 calibration_samples=calibration_samples,
                 calibration_memory=calibration_memory,
+                denormalize=denormalize,
                 logits_module=logits_module,
                 target_fn=target_fn,
                 logits_fn=logits_fn,
@@ -334,6 +339,7 @@ class ChannelDisentanglement(Callback):
         if isinstance(result, list):
             log_split_quality(pl_module, result)
             return
+        result = replace(result, history=[*self._history, *result.entries(trainer.current_epoch, trainer.global_step)])
         self._chosen = [layer.name for layer in result.layers]  # once found, the layer need not be looked for again
         self._report = result
         self._analysed_step = trainer.global_step
@@ -342,6 +348,11 @@ class ChannelDisentanglement(Callback):
         self._outputs(trainer).after_epoch(result, trainer.global_step)
         if trainer.state.fn == TrainerFn.FITTING and is_last_validation(trainer):
             _ = result.plan  # so that the checkpoint of this epoch holds it
+
+    @property
+    def _history(self) -> list[EpochEntry]:
+        """The epochs of this run so far, and of the one it goes on with."""
+        return self._report.history if self._report is not None and self._is_current else []
 
     def _outputs(self, trainer: pl.Trainer) -> Outputs:
         names = self._chosen or []

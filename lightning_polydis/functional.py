@@ -17,6 +17,7 @@ from lightning_polydis.analysis import ChannelAnalysis
 from lightning_polydis.rehearsal import is_compiled, uncompiled
 from lightning_polydis.settings import AnalysisSettings
 from lightning_polydis.split_analysis import SplitAnalysis
+from lightning_polydis.thumbnails import normalisation_of
 
 if TYPE_CHECKING:
     from lightning_polydis.evaluation import SplitQuality
@@ -63,7 +64,7 @@ def find_polysemantic_channels(
         '2'
     """
     checked = AnalysisSettings(layers=layers, **settings)
-    analysis = ChannelAnalysis(model, checked)
+    analysis = ChannelAnalysis(model, checked, normalisation=normalisation_of(batches))
     _run(model, batches, analysis, device, "Looking for polysemantic channels" if progress else None)
     analysis.gather()
     return analysis.compute()

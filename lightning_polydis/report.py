@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lightning_polydis._checks import InputError
 from lightning_polydis._files import parse, read_json, write_json
+from lightning_polydis.card_builder import build_card, build_overview
 from lightning_polydis.cards import ChannelCard, EpochEntry, LayerOverview
 from lightning_polydis.detection import LayerDetection, PolysemanticChannel, PolysemanticPair
 from lightning_polydis.evaluation import SplitQuality
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from pandas import DataFrame
     from torch import Tensor, nn
+
+MAX_CARDS = 20
 
 SCALARS = ("n_polysemantic", "n_pairs", "n_candidates", "mean_cosine", "min_cosine")
 """Figures of a layer that are logged as scalars."""
@@ -170,13 +173,37 @@ class PolysemanticityReport:
 
     @cached_property
     def cards(self) -> list[ChannelCard]:
-        """Cards of the most polysemantic channels, at most 20; made when first asked for, empty if no file holds any."""
-        return self._saved_cards or []
+        """Cards of the most polysemantic channels, 20 at most; made when first asked for.
+
+        Empty without calibration samples, and if the report was loaded from a file that holds none.
+        """
+        if self._saved_cards is not None or self._evidence is None or self.plan is None:
+            return self._saved_cards or []
+        splits = {(split.layer, split.channel): split for split in self.plan}
+        first = sorted(self.channels, key=lambda found: found.cosine_similarity)[:MAX_CARDS]
+        return [
+            build_card(
+                self._evidence[found.layer],
+                found,
+                [pair for pair in self.pairs if (pair.layer, pair.channel) == (found.layer, found.channel)],
+                splits[found.layer, found.channel],
+            )
+            for found in first
+        ]
 
     @cached_property
     def overviews(self) -> list[LayerOverview]:
-        """Each layer at a glance; made when first asked for, empty if the report comes from a file without any."""
-        return self._saved_overviews or []
+        """Each layer at a glance; made when first asked for, empty if no file that was loaded holds any."""
+        if self._saved_overviews is not None or self._evidence is None:
+            return self._saved_overviews or []
+        return [
+            build_overview(
+                evidence,
+                [found for found in self.channels if found.layer == name],
+                [pair for pair in self.pairs if pair.layer == name],
+            )
+            for name, evidence in self._evidence.items()
+        ]
 
     def suggest_settings(self) -> SuggestedSettings:
         """Settings that suit these layers and data, and why, from the `sweeps`."""
@@ -258,6 +285,21 @@ class PolysemanticityReport:
         return {
             f"polydis/{layer.name}/{name}": float(getattr(layer, name)) for layer in self.layers for name in SCALARS
         }
+
+    def entries(self, epoch: int, step: int) -> list[EpochEntry]:
+        """What this report says of each layer, for the history of a run.
+
+        Args:
+            epoch: Number of the epoch.
+            step: Global step of the analysis.
+        """
+        by_layer: dict[str, dict[int, float]] = {layer.name: {} for layer in self.layers}
+        for found in self.channels:
+            by_layer[found.layer][found.channel] = found.cosine_similarity
+        return [
+            EpochEntry(epoch, step, layer.name, layer.n_polysemantic, layer.mean_cosine, by_layer[layer.name])
+            for layer in self.layers
+        ]
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON (see `to_json`); the file appears whole or not at all."""

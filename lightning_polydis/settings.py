@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_polydis._checks import InputError, check_choice, check_in_range, check_positive_int
+from lightning_polydis.thumbnails import check_denormalize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +44,9 @@ class AnalysisSettings:
             them; 0: no plan; `None`: all images, all used to choose.
         calibration_memory: MiB that these samples may take; lowers their number where it would not do, and says so.
             While an epoch is analysed, those of the last report are there as well. Not for `None`. Relevance vectors
-            take at most a quarter as much again.
+            take at most a quarter as much again, thumbnails of the images an eighth.
+        denormalize: What makes pictures in [0, 1] of the images, for the reports: a function on ``[n, C, H, W]``, or
+            mean and standard deviation of each colour. `None`: those of the data set's transforms, if it has such.
         logits_module: Name of the module whose output is the logits, where it is not the outermost one.
         target_fn: Batch -> class indices ``[B]``. `None`: ``batch[1]``, or ``batch["label"]``, ``"labels"``,
             ``"target"``, ``"targets"`` or ``"y"``.
@@ -71,6 +74,7 @@ class AnalysisSettings:
     class_names: Sequence[str] | None = None
     calibration_samples: int | None = 32
     calibration_memory: float = 1024
+    denormalize: Any = None
     logits_module: str | None = None
     target_fn: Callable[[Any], Any] | None = None
     logits_fn: Callable[[Any], Any] | None = None
@@ -87,6 +91,7 @@ class AnalysisSettings:
             check_positive_int("num_classes", self.num_classes, minimum=2)
         if self.calibration_samples is not None:
             check_positive_int("calibration_samples", self.calibration_samples, minimum=0)
+        check_denormalize(self.denormalize)
         self._check_functions()
 
     def _check_layers(self) -> None:
@@ -165,6 +170,11 @@ class AnalysisSettings:
     def vector_bytes(self) -> float:
         """Memory that the relevance vectors may take."""
         return self.calibration_memory * MEBIBYTE / 4
+
+    @property
+    def thumbnail_bytes(self) -> float:
+        """Memory that the thumbnails of samples may take."""
+        return self.calibration_memory * MEBIBYTE / 8
 
     def to_json(self) -> dict[str, Any]:
         """What defines the result, in plain types."""

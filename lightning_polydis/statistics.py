@@ -195,10 +195,18 @@ class Samples:
         targets: Class of each, ``[N]``, integer.
         relevant: Which channels are relevant for the image, ``[N, C]``, boolean.
         rows: Which of them belong to this part, integer; `None`: all.
+        thumbnails: Small pictures of the images, ``[N, 3, h, w]``, ``uint8``, or `None`.
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor, relevant: Tensor, rows: Tensor | None = None) -> None:
-        self._inputs, self._relevant = inputs, relevant
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        relevant: Tensor,
+        rows: Tensor | None = None,
+        thumbnails: Tensor | None = None,
+    ) -> None:
+        self._inputs, self._relevant, self._thumbnails = inputs, relevant, thumbnails
         self._rows = torch.arange(len(targets)) if rows is None else rows
         self._all_targets = targets
 
@@ -217,11 +225,16 @@ class Samples:
         """``[n, C]``, boolean, a copy."""
         return self._relevant[self._rows]
 
+    @property
+    def thumbnails(self) -> Tensor | None:
+        """``[n, 3, h, w]``, ``uint8``, a copy; `None` if the data holds no images."""
+        return None if self._thumbnails is None else self._thumbnails[self._rows]
+
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: Tensor | slice) -> Samples:
-        return Samples(self._inputs, self._all_targets, self._relevant, self._rows[index])
+        return Samples(self._inputs, self._all_targets, self._relevant, self._rows[index], self._thumbnails)
 
     def of_classes(self, classes: Sequence[int]) -> Samples:
         """Only the images of some classes."""
@@ -253,6 +266,9 @@ def _gloo_beside(default: Any) -> Any:
     return torch.distributed.new_group(backend="gloo")
 
 
+STATES = ("inputs", "targets", "relevant", "thumbnails")
+
+
 class CalibrationSamples(Metric):
     """The first images of each class whose layer input is kept, on the CPU.
 
@@ -276,12 +292,13 @@ class CalibrationSamples(Metric):
     inputs: list[Tensor]
     targets: list[Tensor]
     relevant: list[Tensor]
+    thumbnails: list[Tensor]
 
     def __init__(self, per_class: int | None, **kwargs: Any) -> None:
         super().__init__(compute_with_cache=False, sync_on_compute=False, **kwargs)
         self.per_class = per_class
         self.add_state("limit", torch.tensor(-1 if per_class is None else per_class), dist_reduce_fx="min")
-        for name in ("inputs", "targets", "relevant"):  # not joined: inputs of other processes may have another shape
+        for name in STATES:  # not joined: inputs of other processes may have another shape
             self.add_state(name, [], dist_reduce_fx=None)
         self._kept: Counter[int] = Counter()
 
@@ -304,13 +321,14 @@ class CalibrationSamples(Metric):
                 rows.append(row)
         return rows
 
-    def update(self, inputs: Tensor, targets: Tensor, relevant: Tensor) -> None:
+    def update(self, inputs: Tensor, targets: Tensor, relevant: Tensor, thumbnails: Tensor | None = None) -> None:
         """Keep images.
 
         Args:
             inputs: ``[n, ...]``; half precision is widened to ``float32``.
             targets: ``[n]``, integer.
             relevant: ``[n, C]``, boolean.
+            thumbnails: ``[n, 3, h, w]``, ``uint8``; `None` if there are none.
         """
         if self.inputs and not len(targets):
             return
@@ -318,24 +336,29 @@ class CalibrationSamples(Metric):
         self.inputs.append(inputs.float().cpu() if inputs.dtype.itemsize < 4 else inputs.cpu())
         self.targets.append(targets.cpu())
         self.relevant.append(relevant.cpu())
+        small = torch.empty(len(targets), 3, 0, 0, dtype=torch.uint8) if thumbnails is None else thumbnails
+        self.thumbnails.append(_as_large_as(self.thumbnails[0], small) if self.thumbnails else small)
 
     def join(self) -> None:
         """Make one piece of all samples, before the processes exchange theirs. The last thing before ``compute``."""
         if self.inputs:
             self.inputs, self.targets = [_joined(self.inputs)], [torch.cat(self.targets)]
-            self.relevant = [torch.cat(self.relevant)]
+            self.relevant, self.thumbnails = [torch.cat(self.relevant)], [torch.cat(self.thumbnails)]
 
     def compute(self) -> Samples | None:
         """The samples of all processes, at most ``per_class`` of each class; `None` if there are none.
 
         Images whose input has another shape than the first ones are passed over.
         """
-        pieces = [piece for piece in zip(self.inputs, self.targets, self.relevant, strict=True) if len(piece[1])]
+        states = [getattr(self, name) for name in STATES]
+        pieces = [piece for piece in zip(*states, strict=True) if len(piece[1])]
         pieces = [piece for piece in pieces if piece[0].shape[1:] == pieces[0][0].shape[1:]]
         if not pieces:
             return None
-        inputs, targets, relevant = map(list, zip(*pieces, strict=True))
-        samples = Samples(_joined(inputs), torch.cat(targets), torch.cat(relevant))
+        inputs, targets, relevant, small = map(list, zip(*pieces, strict=True))
+        shown = torch.cat([_as_large_as(small[0], piece) for piece in small])
+        thumbnails = shown if shown.numel() else None
+        samples = Samples(_joined(inputs), torch.cat(targets), torch.cat(relevant), thumbnails=thumbnails)
         if self.per_class is None:
             return samples
         return samples[torch.tensor([rank < int(self.limit) for rank in _ranks(samples.targets)])]
@@ -357,6 +380,16 @@ def _joined(pieces: list[Tensor]) -> Tensor:
         whole[end - len(piece) : end] = piece
         end -= len(piece)
     return whole
+
+
+def _as_large_as(wanted: Tensor, thumbnails: Tensor) -> Tensor:
+    """Thumbnails of the size of others."""
+    size = wanted.shape[2:]
+    if thumbnails.shape[2:] == size:
+        return thumbnails
+    if not thumbnails.numel() or not size.numel():  # some with, some without: then none at all
+        return thumbnails.new_zeros(len(thumbnails), 3, *size)
+    return torch.nn.functional.interpolate(thumbnails.float(), size, mode="bilinear").round().to(torch.uint8)
 
 
 def _ranks(targets: Tensor) -> list[int]:

@@ -26,6 +26,7 @@ QUIET_COLOUR = "#555555"
 CELL, CELL_GAP, MIN_ROW, MAX_ROW, ROW_GAP = 0.74, 0.1, 0.6, 1.1, 0.3
 LABEL_WIDTH, HEADING_WIDTH, DENSITY_WIDTH, DENSITY_GAP = 1.55, 1.8, 2.7, 0.35
 GRID_CELL = 1.1
+CARD_CELL, SIDE_WIDTH, SIDE_GAP, CAPTION_SIZE = 0.86, 2.6, 0.5, 6.5
 MIN_LEAD, LEAD_GAP = 0.9, 0.25
 MARGIN, TITLE_HEIGHT, HEADER_HEIGHT, FOOTER_HEIGHT = 0.25, 0.42, 0.33, 0.5
 
@@ -67,8 +68,28 @@ def pixels_of(images: Tensor) -> np.ndarray:
 
 def row_label(row: int, concepts: Sequence[Sequence[int]], class_names: Sequence[str] | None) -> tuple[str, str]:
     """Name of a concept's row, and its classes in at most two lines."""
-    names = [str(label) if class_names is None else class_names[label] for label in concepts[row - 1]]
+    names = [named(label, class_names) for label in concepts[row - 1]]
     return f"concept {row}", "\n".join(textwrap.wrap(", ".join(names), 18, max_lines=2, placeholder=" ..."))
+
+
+def named(label: int, class_names: Sequence[str] | None) -> str:
+    """Name of a class, or its index."""
+    return str(label) if class_names is None else class_names[label]
+
+
+def shortened(text: str, width: int) -> str:
+    """The text with at most ``width`` characters, the last of them three dots where something is missing.
+
+    Example:
+        >>> shortened("Staffordshire bullterrier", 12)
+        'Staffordshi…'
+    """
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+def fitting_size(text: str, width: float, largest: float) -> float:
+    """The largest size of a text that fits so many inches."""
+    return min(largest, CHARACTERS_PER_INCH * width / max(len(text), 1))
 
 
 def density_of(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -88,23 +109,36 @@ class Canvas:
     Args:
         figure: An empty figure.
         n_rows: Rows: one for the channel, one for each concept.
-        n_columns: Images in a row.
+        n_columns: Images in a row; 0: there is no room for any.
         aspect: Height of an image over its width.
         n_strips: Lines of images in a row.
         lead: Whether a larger picture comes before the images of each row.
+        cell: Width of an image.
+        side: Whether there is a column on the right for something else.
     """
 
     def __init__(
-        self, figure: Figure, n_rows: int, n_columns: int, aspect: float, *, n_strips: int = 1, lead: bool = False
+        self,
+        figure: Figure,
+        n_rows: int,
+        n_columns: int,
+        aspect: float,
+        *,
+        n_strips: int = 1,
+        lead: bool = False,
+        cell: float = CELL,
+        side: bool = False,
     ) -> None:
         self.figure = figure
-        self._cell_height = min(max(CELL * aspect, MIN_ROW), MAX_ROW)
+        self._cell, self._cell_height = cell, min(max(cell * aspect, MIN_ROW), MAX_ROW)
         self._row_height = n_strips * (self._cell_height + CELL_GAP) - CELL_GAP
         self._lead_width = max(self._row_height, MIN_LEAD) + LEAD_GAP if lead else 0.0
-        self._images_width = max(n_columns * (CELL + CELL_GAP) - CELL_GAP, HEADING_WIDTH)
+        self._has_images = n_columns > 0
+        images_width = max(n_columns * (cell + CELL_GAP) - CELL_GAP, HEADING_WIDTH) + DENSITY_GAP
         self._images_left = MARGIN + LABEL_WIDTH + self._lead_width
-        self._density_left = self._images_left + self._images_width + DENSITY_GAP
-        self._width = self._density_left + DENSITY_WIDTH + MARGIN
+        self._density_left = self._images_left + images_width * self._has_images
+        self._side_left = self._density_left + DENSITY_WIDTH + SIDE_GAP
+        self._width = (self._side_left + SIDE_WIDTH if side else self._density_left + DENSITY_WIDTH) + MARGIN
         top = MARGIN + TITLE_HEIGHT + HEADER_HEIGHT
         self._height = top + n_rows * (self._row_height + ROW_GAP) - ROW_GAP + FOOTER_HEIGHT
         self._n_rows = n_rows
@@ -114,12 +148,11 @@ class Canvas:
     def header(self, title: str, activations: np.ndarray) -> None:
         """Title and column headings; ``activations`` settle the axis that all densities share."""
         self._grid = np.linspace(0, 1.05 * max(float(activations.max(initial=0)), 1e-12), 200)
-        fitting = CHARACTERS_PER_INCH * (self._width - 2 * MARGIN) / max(len(title), 1)
-        self._text(MARGIN, MARGIN + 0.08, title, size=min(13, fitting), weight="bold")
-        headings = {
-            self._images_left: "images that activate it most",
-            self._density_left: "activation on each concept's images",
-        }
+        size = fitting_size(title, self._width - 2 * MARGIN, 13)
+        self._text(MARGIN, MARGIN + 0.08, title, size=size, weight="bold")
+        headings = {self._density_left: "activation on each concept's images"}
+        if self._has_images:
+            headings[self._images_left] = "images that activate it most"
         if self._lead_width:
             headings[MARGIN + LABEL_WIDTH] = "optimised"
         for left, text in headings.items():
@@ -137,12 +170,17 @@ class Canvas:
         top = self._row_top(row) + (self._row_height - size) / 2
         self._picture((MARGIN + LABEL_WIDTH, top, size, size), f"row {row}, optimised image", pixels, colour)
 
-    def image(self, row: int, column: int, pixels: np.ndarray, colour: str, strip: int = 0) -> None:
-        """One image of a row, framed."""
-        left = self._images_left + column * (CELL + CELL_GAP)
+    def image(
+        self, row: int, column: int, pixels: np.ndarray, colour: str, strip: int = 0, caption: str | None = None
+    ) -> None:
+        """One image of a row, framed; below it a caption, cut to what fits."""
+        left = self._images_left + column * (self._cell + CELL_GAP)
         top = self._row_top(row) + strip * (self._cell_height + CELL_GAP)
         name = f"row {row}, image {column}" if strip == 0 else f"row {row}, map {column}"
-        self._picture((left, top, CELL, self._cell_height), name, pixels, colour)
+        self._picture((left, top, self._cell, self._cell_height), name, pixels, colour)
+        if caption is not None:
+            text = shortened(caption, int(CHARACTERS_PER_INCH / CAPTION_SIZE * self._cell))
+            self._text(left, top + self._cell_height + 0.04, text, size=CAPTION_SIZE, color=QUIET_COLOUR)
 
     def _picture(self, place: tuple[float, float, float, float], name: str, pixels: np.ndarray, colour: str) -> None:
         axes = self._axes(*place, name)
@@ -168,9 +206,22 @@ class Canvas:
         if row == self._n_rows - 1:
             axes.set_xlabel("activation", size=9.5, color=QUIET_COLOUR, labelpad=2)
 
+    def side(self, row: int, label: str, width: float, inset: float = 0.0) -> Axes:
+        """Empty axes in the column on the right, ``inset`` from its left edge."""
+        return self._axes(self._side_left + inset, self._row_top(row), width, self._row_height, label)
+
+    def side_heading(self, row: int, text: str) -> None:
+        """What stands in the column on the right, from this row on."""
+        self._text(self._side_left, self._row_top(row) - 0.26, text, size=9.5, color=QUIET_COLOUR)
+
+    def side_text(self, row: int, text: str, inset: float) -> None:
+        """Some lines in the column on the right."""
+        self._text(self._side_left + inset, self._row_top(row), text, size=8.5)
+
     def note(self, text: str) -> None:
         """A remark under all rows."""
-        n_characters = int(CHARACTERS_PER_INCH / 8.5 * (self._density_left - DENSITY_GAP - MARGIN))
+        room = self._images_left if not self._has_images else self._density_left - DENSITY_GAP
+        n_characters = int(CHARACTERS_PER_INCH / 8.5 * (room - MARGIN - 0.1))
         lines = "\n".join(textwrap.wrap(text, n_characters))
         self._text(MARGIN, self._height - FOOTER_HEIGHT + 0.12, lines, size=8.5, color=QUIET_COLOUR)
 
@@ -214,8 +265,7 @@ class Grid:
         self._width = 2 * MARGIN + LABEL_WIDTH + n_columns * (self._cell[0] + CELL_GAP) - CELL_GAP
         self._height = self._top + n_rows * (self._cell[1] + CELL_GAP) - CELL_GAP + MARGIN
         figure.set_size_inches(self._width, self._height)
-        fitting = CHARACTERS_PER_INCH * (self._width - 2 * MARGIN) / max(len(title), 1)
-        self._text(MARGIN, title, size=min(13, fitting), weight="bold", va="top")
+        self._text(MARGIN, title, size=fitting_size(title, self._width - 2 * MARGIN, 13), weight="bold", va="top")
 
     def label(self, row: int, name: str, classes: str, colour: str = TEXT_COLOUR) -> None:
         """Name of a row, and under it what it stands for."""

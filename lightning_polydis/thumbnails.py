@@ -1,0 +1,139 @@
+"""Small pictures of the images that are kept as samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_polydis._checks import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+IMAGE_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x")
+LARGEST, SMALLEST = 96, 32
+"""Longest side of a thumbnail, in pixels, where there is room for such and where there is hardly any."""
+
+Normalisation = tuple[Sequence[float], Sequence[float]]
+"""Mean and standard deviation of each colour."""
+
+
+def images_of(batch: Any) -> Tensor | None:
+    """The images of a batch, ``[B, 1, H, W]`` or ``[B, 3, H, W]``; `None` if there seem to be none."""
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in IMAGE_KEYS if key in batch), None)
+    elif isinstance(batch, Sequence) and len(batch) and not isinstance(batch, str):
+        found = batch[0]
+    else:
+        found = next((getattr(batch, key) for key in IMAGE_KEYS if hasattr(batch, key)), None)
+    return found if isinstance(found, Tensor) and found.ndim == 4 and found.shape[1] in (1, 3) else None
+
+
+def thumbnail_side(n_images: int, memory: float) -> int:
+    """Longest side of thumbnails of which so many fit into so many bytes, within limits."""
+    return min(LARGEST, max(SMALLEST, math.isqrt(int(memory / (3 * max(n_images, 1))))))
+
+
+def thumbnails(images: Tensor, side: int, denormalize: Callable[[Tensor], Tensor] | Normalisation | None) -> Tensor:
+    """Small pictures of images.
+
+    Args:
+        images: ``[n, 1, H, W]`` or ``[n, 3, H, W]``, as the network takes them.
+        side: Longest side of the pictures; smaller images keep their size.
+        denormalize: What makes values in [0, 1] of the images: a function, or mean and standard deviation of each
+            colour. `None`: values in [0, 1] and bytes are taken as they are, others stretched, image by image.
+
+    Returns:
+        ``[n, 3, h, w]``, ``uint8``, on the CPU.
+
+    Example:
+        >>> import torch
+        >>> thumbnails(torch.rand(2, 1, 8, 8), 96, None).shape
+        torch.Size([2, 3, 8, 8])
+    """
+    shown = _between_0_and_1(images.detach().cpu(), denormalize)
+    height, width = shown.shape[2:]
+    scale = min(1.0, side / max(height, width))
+    if scale < 1:
+        size = (max(1, round(scale * height)), max(1, round(scale * width)))
+        shown = F.interpolate(shown, size, mode="bilinear", antialias=True)
+    return (255 * shown.clamp(0, 1)).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+
+
+def _between_0_and_1(images: Tensor, denormalize: Callable[[Tensor], Tensor] | Normalisation | None) -> Tensor:
+    if callable(denormalize):
+        return _own(images, denormalize)
+    if not images.is_floating_point():
+        return images.float() / 255
+    images = images.float()
+    if denormalize is not None:
+        mean, std = (images.new_tensor(part).view(1, -1, 1, 1) for part in denormalize)
+        return images * std + mean
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    if bool((low >= 0).all()) and bool((high <= 1).all()):
+        return images
+    return (images - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _own(images: Tensor, denormalize: Callable[[Tensor], Tensor]) -> Tensor:
+    try:
+        found = denormalize(images)
+    except Exception as error:
+        raise InputError(f"`denormalize` raised {type(error).__name__}: {error}.") from error
+    if not isinstance(found, Tensor) or found.ndim != 4 or found.shape[1] not in (1, 3) or len(found) != len(images):
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(f"Expected `denormalize` to return images [n, 3, H, W] in [0, 1], but got {shape}.")
+    return found.float()
+
+
+def check_denormalize(value: Any) -> None:
+    """Raise `ValueError` unless ``value`` can be used as an argument ``denormalize``."""
+    if value is None or callable(value):
+        return
+    parts = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    numbers = [list(part) for part in parts if isinstance(part, Sequence) and not isinstance(part, str)]
+    fits = len(numbers) == 2 and len(numbers[0]) == len(numbers[1]) in (1, 3)
+    if not fits or not all(isinstance(number, int | float) for part in numbers for number in part):
+        raise InputError(
+            "Expected argument `denormalize` to be a function, a pair of means and standard deviations of the 1 or 3 "
+            f"colours, or None, but got {value!r}."
+        )
+
+
+def normalisation_of(loaders: Any) -> Normalisation | None:
+    """Mean and standard deviation by which a data set normalises its images, if it says so.
+
+    Looks for a transform with a ``mean`` and a ``std``, as torchvision's ``Normalize`` has them, in a loader's data set
+    and whatever that wraps; the last one counts.
+
+    Args:
+        loaders: A loader, or a list or dictionary of them, of which the first is looked at.
+    """
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    loader = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
+    dataset, found = getattr(loader, "dataset", None), None
+    for _ in range(8):  # data sets in data sets; an end even if one wraps itself
+        if dataset is None or found is not None:
+            break
+        for name in ("transform", "transforms"):
+            found = _normalisation_in(getattr(dataset, name, None), depth=0) or found
+        dataset = getattr(dataset, "dataset", None)
+    return found
+
+
+def _normalisation_in(transform: Any, depth: int) -> Normalisation | None:
+    mean, std = getattr(transform, "mean", None), getattr(transform, "std", None)
+    if isinstance(mean, Sequence | Tensor) and isinstance(std, Sequence | Tensor) and len(mean) == len(std):
+        return [float(value) for value in mean], [float(value) for value in std]
+    inner = getattr(transform, "transforms", None) or getattr(transform, "transform", None)
+    parts = inner if isinstance(inner, Sequence) else [inner] if inner is not None else []
+    if depth > 8:
+        return None
+    found = [_normalisation_in(part, depth + 1) for part in parts]
+    return next((one for one in reversed(found) if one is not None), None)
