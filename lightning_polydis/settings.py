@@ -108,7 +108,7 @@ class AnalysisSettings:
         check_choice("method", self.method, ["paper", "optimized"])
         check_choice("concepts", self.concepts, ["classes", "clusters"])
         if self.concepts == "clusters":
-            raise InputError("`concepts='clusters'` is not available in this version yet. Use concepts='classes'.")
+            raise InputError('`concepts="clusters"` is not available in this version yet. Use `concepts="classes"`.')
         if self.attribution != "gradient_x_input":
             from lightning_polydis.lrp import resolve_composite  # zennit takes its time to import
 
