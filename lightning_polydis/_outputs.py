@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_polydis._trainer import averaged_twins
-from lightning_polydis.loggers import log_report, log_sweeps, show_report
+from lightning_polydis.loggers import log_report, log_results, show_report
 from lightning_polydis.surgery import disentangle, split_checked
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Outputs:
     def after_epoch(self, report: PolysemanticityReport, step: int) -> None:
         """Write the report of an epoch that was analysed at a global step."""
         self._save(report, "report.json")
-        self._log(report, step)
+        log_report(self._trainer.loggers, report, step)
 
     def after_run(self, report: PolysemanticityReport, step: int) -> None:
         """Choose and judge the plan, write everything, show the table."""
@@ -51,14 +51,8 @@ class Outputs:
         self._save(report, "report.json")  # once more, with the splits' quality
         if plan is not None:
             self._save(plan, "split_plan.json")
-        self._log(report, step)
-        with _writing("The settings' sweep", "the loggers"):
-            log_sweeps(self._trainer.loggers, report, step)
+        log_results(self._trainer.loggers, report, step)
         show_report(report)
-
-    def _log(self, report: PolysemanticityReport, step: int) -> None:
-        with _writing("The report", "the loggers"):
-            log_report(self._trainer.loggers, report, step)
 
     def _save(self, result: PolysemanticityReport | SplitPlan, name: str) -> None:
         if self._folder is not None:

@@ -1,63 +1,223 @@
-"""Reports in the loggers of a run."""
+"""Reports in the loggers of a run: what is logged. How each logger takes it: ``logger_adapters.py``."""
 
 from __future__ import annotations
 
-from contextlib import suppress
-from itertools import product
-from typing import TYPE_CHECKING
+import html
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from rich.console import Console
 
-from lightning_polydis.figures import sweep_figure
+from lightning_polydis.figures import (
+    card_figure,
+    history_figure,
+    quality_figure,
+    relevance_figure,
+    similarity_figure,
+    sweep_figure,
+)
+from lightning_polydis.figures.canvas import shortened
+from lightning_polydis.logger_adapters import LogItem, LogTable, adapter_of
 from lightning_polydis.sweep import sweep_markdown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from lightning.pytorch import LightningModule
     from lightning.pytorch.loggers import Logger
+    from matplotlib.figure import Figure
 
     from lightning_polydis.evaluation import SplitQuality
     from lightning_polydis.report import PolysemanticityReport
+    from lightning_polydis.sweep import LayerSweep
 
 MAX_ROWS = 20
+MAX_CARDS = 6
+CONCEPT_LENGTH = 36
 SPLIT_SCALARS = ("distortion", "leak", "spurious", "auroc")
+FINAL_SCALARS = ("distortion", "leak", "auroc")
 
 
+@rank_zero_only
 def log_report(loggers: Iterable[Logger], report: PolysemanticityReport, step: int) -> None:
-    """Write the report's table into every TensorBoard logger, under one tag for each set of layers.
+    """Write a table of each layer's polysemantic channels into every logger that takes tables.
 
-    Args:
-        loggers: The loggers of a run; those without text are passed over (scalars reach them by ``self.log``).
-        report: The report.
-        step: Global step of the analysis.
-    """
-    tag = f"polydis/{', '.join(layer.name for layer in report.layers)}"
-    for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(tag, report.to_markdown(MAX_ROWS), step)
-
-
-def log_sweeps(loggers: Iterable[Logger], report: PolysemanticityReport, step: int) -> None:
-    """Write what other settings would have found into every TensorBoard logger: a table, with matplotlib a picture.
+    Scalars reach all loggers by ``self.log``. What cannot be written is a warning.
 
     Args:
         loggers: The loggers of a run.
         report: The report.
         step: Global step of the analysis.
     """
-    boards = [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
-    if not boards:  # nobody would see what takes some time to count
+    items = _tables(report, [])
+    for logger in loggers:
+        adapter = adapter_of(logger)
+        if adapter is not None and adapter.takes_every_epoch:
+            _write(logger, items, step)
+
+
+@rank_zero_only
+def log_results(loggers: Iterable[Logger], report: PolysemanticityReport, step: int) -> None:
+    """Write all that is known when a run has ended into every logger, as far as it takes it.
+
+    Scalars ``polydis/<layer>/final_<figure>`` for all; tables, overview figures and the cards of the first channels
+    under tags that are the same in every run: ``polydis/<layer>/overview``, ``.../card_1``. Nothing is drawn that no
+    logger takes; without matplotlib tables have to do. What cannot be written is a warning.
+
+    Args:
+        loggers: The loggers of a run.
+        report: The report.
+        step: Global step of the analysis.
+    """
+    loggers = list(loggers)
+    if not loggers:
         return
+    scalars = final_scalars(report)
+    takers = [logger for logger in loggers if adapter_of(logger) is not None]
+    items = _items(report) if takers else []
+    for logger in loggers:
+        with _writing(logger):
+            logger.log_metrics(scalars, step)
+        if logger in takers:
+            _write(logger, items, step)
+
+
+def final_scalars(report: PolysemanticityReport) -> dict[str, float]:
+    """A few figures of a finished run, fit to compare runs by: ``polydis/<layer>/final_<figure>``.
+
+    The number of polysemantic channels and, where splits were judged, the means of their distortion, leak and AUROC.
+
+    Example:
+        >>> from lightning_polydis.report import LayerSummary
+        >>> from lightning_polydis import PolysemanticityReport
+        >>> layer = LayerSummary("conv", 8, 4, 3, 5, 2, 2, 0.7, 0.1, 0.9)
+        >>> final_scalars(PolysemanticityReport([layer], [], [], {}, n_images=10))
+        {'polydis/conv/final_n_polysemantic': 2.0}
+    """
+    scalars = {f"polydis/{layer.name}/final_n_polysemantic": float(layer.n_polysemantic) for layer in report.layers}
+    for layer in report.layers:
+        for name, value in _means(report.quality, layer.name, FINAL_SCALARS):
+            scalars[f"polydis/{layer.name}/final_{name}"] = value
+    return scalars
+
+
+def _write(logger: Logger, items: Sequence[LogItem], step: int) -> None:
+    adapter = adapter_of(logger)
+    if adapter is None:
+        return
+    for item in items:
+        content = item.content  # mistakes in here are ours, and no reason to blame the logger
+        if content is None:
+            continue
+        with _writing(logger) as written:
+            (adapter.figure if item.is_figure else adapter.table)(logger, item.tag, content, step)
+        if not written:  # a server that does not answer will not answer the next time either
+            return
+
+
+@contextmanager
+def _writing(logger: Logger) -> Iterator[list[bool]]:
+    """Makes a warning of whatever a logger raises; holds a `True` in the end if nothing."""
+    written: list[bool] = []
+    try:
+        yield written
+        written.append(True)
+    except Exception as error:  # each of the loggers' packages has errors of its own
+        text = f"{type(logger).__name__}: {type(error).__name__}: {error}"
+        rank_zero_warn(f"The report could not be written to the loggers: {text}.")
+
+
+def _items(report: PolysemanticityReport) -> list[LogItem]:
+    """All that is logged when a run has ended."""
+    names = report.class_names
+    items = _tables(report, report.quality)
+    items += [LogItem(_tag(sweep.layer, "settings"), partial(_sweep_table, report, sweep)) for sweep in report.sweeps]
+    for overview in report.overviews:
+        items.append(_figure(overview.layer, "similarities", similarity_figure, overview))
+        items.append(_figure(overview.layer, "relevance", relevance_figure, overview, class_names=names))
+    for layer in dict.fromkeys(quality.layer for quality in report.quality):
+        items.append(_figure(layer, "quality", quality_figure, report.quality, layer))
+    items += [_figure(sweep.layer, "settings", sweep_figure, sweep, report.settings) for sweep in report.sweeps]
+    for layer in (summary.name for summary in report.layers):
+        history = [entry for entry in report.history if entry.layer == layer]
+        if len(history) > 1:
+            items.append(_figure(layer, "history", history_figure, history))
+        cards = [card for card in report.cards if card.layer == layer][:MAX_CARDS]
+        for rank, card in enumerate(cards, start=1):
+            items.append(_figure(layer, f"card_{rank}", card_figure, card, class_names=names))
+    return items
+
+
+def _tag(layer: str, name: str) -> str:
+    return f"polydis/{layer}/{name}"
+
+
+def _figure(layer: str, name: str, draw: Callable[..., Figure], *args: Any, **options: Any) -> LogItem:
+    return LogItem(_tag(layer, name), partial(draw, *args, **options), is_figure=True)
+
+
+def _tables(report: PolysemanticityReport, qualities: Sequence[SplitQuality]) -> list[LogItem]:
+    """A table for each layer."""
+    return [
+        LogItem(_tag(layer.name, "overview"), partial(_overview_table, report, layer.name, qualities))
+        for layer in report.layers
+    ]
+
+
+def _overview_table(report: PolysemanticityReport, layer: str, qualities: Sequence[SplitQuality]) -> LogTable:
+    own = [found for found in report.channels if found.layer == layer]
+    measured = {quality.channel: quality for quality in qualities if quality.layer == layer}
+    columns = ["channel", "concepts", "cosine", "reliability", "clear", *(SPLIT_SCALARS if measured else ())]
+    rows = []
+    for found in own[:MAX_ROWS]:
+        concepts = " / ".join(", ".join(map(report.label, concept)) for concept in found.concepts)
+        row = [found.channel, concepts, found.cosine_similarity, found.reliability, found.is_clear]
+        quality = measured.get(found.channel)
+        rows.append(row + [None if quality is None else quality.mean(name) for name in SPLIT_SCALARS if measured])
+    lines = _introduction(report, layer)
+    if rows:
+        lines += ["", _line(columns), _line(["---"] * len(columns))]
+    for found, row in zip(own, rows, strict=False):
+        lines.append(_line([_cell(report, found.concepts) if place == 1 else value for place, value in enumerate(row)]))
+    lines += [f"\n{len(own) - len(rows)} more in `report.json`."] if len(rows) < len(own) else []
+    return LogTable(columns, rows, "\n".join(lines))
+
+
+def _introduction(report: PolysemanticityReport, layer: str) -> list[str]:
+    summaries = [summary for summary in report.layers if summary.name == layer]
+    text = replace(report, layers=summaries, channels=[], notes=[]).to_markdown()
+    return [text, *(["", *(f"- {note}" for note in report.notes)] if report.notes else [])]
+
+
+def _cell(report: PolysemanticityReport, concepts: Sequence[Sequence[int]]) -> str:
+    """A line for each concept: a wide column would break the numbers in its neighbours, digit by digit."""
+    lines = [shortened(", ".join(map(report.label, concept)), CONCEPT_LENGTH) for concept in concepts]
+    return "<br>".join(html.escape(line, quote=False) for line in lines)
+
+
+def _line(cells: Iterable[object]) -> str:
+    texts = (
+        "-"
+        if cell is None
+        else ("yes" if cell else "no")
+        if isinstance(cell, bool)
+        else f"{cell:.2f}"
+        if isinstance(cell, float)
+        else str(cell).replace("|", "\\|")
+        for cell in cells
+    )
+    return f"| {' | '.join(texts)} |"
+
+
+def _sweep_table(report: PolysemanticityReport, sweep: LayerSweep) -> LogTable:
     suggested = report.suggest_settings()
-    for sweep, board in product(report.sweeps, boards):
-        tag = f"polydis/{sweep.layer}/settings"
-        text = f"Suggested: `{suggested.arguments()}`. {suggested.reason}"
-        board.add_text(tag, f"{text}\n\n{sweep_markdown(sweep)}", step)
-        with suppress(ModuleNotFoundError):  # without matplotlib the table has to do
-            board.add_figure(tag, sweep_figure(sweep, report.settings), step)
+    table = sweep_markdown(sweep)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    rows = [[float(cell) for cell in line] for line in lines[2:]]
+    return LogTable(lines[0], rows, f"Suggested: `{suggested.arguments()}`. {suggested.reason}\n\n{table}")
 
 
 def log_split_quality(pl_module: LightningModule, qualities: Sequence[SplitQuality]) -> None:
@@ -68,11 +228,17 @@ def log_split_quality(pl_module: LightningModule, qualities: Sequence[SplitQuali
         qualities: The same on all ranks, or the ranks would wait for one another.
     """
     for layer in dict.fromkeys(quality.layer for quality in qualities):
-        for name in SPLIT_SCALARS:
-            values = [quality.mean(name) for quality in qualities if quality.layer == layer]
-            known = [value for value in values if value is not None]
-            if known:
-                pl_module.log(f"polydis/{layer}/split_{name}", sum(known) / len(known), sync_dist=True)
+        for name, value in _means(qualities, layer, SPLIT_SCALARS):
+            pl_module.log(_tag(layer, f"split_{name}"), value, sync_dist=True)
+
+
+def _means(qualities: Sequence[SplitQuality], layer: str, names: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """Mean of each figure over a layer's splits, without figures that none of them has."""
+    for name in names:
+        values = [quality.mean(name) for quality in qualities if quality.layer == layer]
+        known = [value for value in values if value is not None]
+        if known:
+            yield name, sum(known) / len(known)
 
 
 @rank_zero_only

@@ -403,6 +403,15 @@ class PolysemanticityReport:
         table.caption = escape("\n".join([*more, *(_summary_line(layer) for layer in self.layers), *self.notes]))
         return table
 
+    def to_html(self, path: str | Path) -> None:
+        """Write the report as one self-contained HTML page, see `html.to_html`; it appears whole or not at all.
+
+        What was not asked for before (quality, cards, sweeps) is worked out now.
+        """
+        from lightning_polydis.html import write_html  # jinja2 takes its time to import
+
+        write_html(self, path)
+
     def to_dataframe(self) -> DataFrame:
         """The polysemantic channels as a pandas table.
 

@@ -178,7 +178,7 @@ def inferred_groups(state_dict: Mapping[str, Any], name: str) -> int:
         return fitting[0][1]
     raise InputError(
         f"How many groups convolution `{name}` has does not show in the state dict (a weight of shape "
-        f"{list(weight.shape)}). Name them: {name}=1 for an ordinary convolution."
+        f"{list(weight.shape)}). Say so: `--groups {name}=1` (`n_groups={{{name!r}: 1}}` in Python) for an ordinary one."
     )
 
 

@@ -26,7 +26,7 @@ QUIET_COLOUR = "#555555"
 CELL, CELL_GAP, MIN_ROW, MAX_ROW, ROW_GAP = 0.74, 0.1, 0.6, 1.1, 0.3
 LABEL_WIDTH, HEADING_WIDTH, DENSITY_WIDTH, DENSITY_GAP = 1.55, 1.8, 2.7, 0.35
 GRID_CELL = 1.1
-CARD_CELL, SIDE_WIDTH, SIDE_GAP, CAPTION_SIZE = 0.86, 2.6, 0.5, 6.5
+CARD_CELL, SIDE_WIDTH, SIDE_GAP, CAPTION_SIZE = 0.86, 2.6, 0.5, 7
 MIN_LEAD, LEAD_GAP = 0.9, 0.25
 MARGIN, TITLE_HEIGHT, HEADER_HEIGHT, FOOTER_HEIGHT = 0.25, 0.42, 0.33, 0.5
 
@@ -85,6 +85,18 @@ def shortened(text: str, width: int) -> str:
         'Staffordshi…'
     """
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+def readable(colour: str) -> str:
+    """The colour, darker if text in it would be too pale on white.
+
+    Example:
+        >>> readable("#0072B2"), readable("#F0E442")
+        ('#0072B2', '#787221')
+    """
+    parts = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+    is_pale = 0.299 * parts[0] + 0.587 * parts[1] + 0.114 * parts[2] > 140
+    return "#" + "".join(f"{part // 2:02x}" for part in parts) if is_pale else colour
 
 
 def fitting_size(text: str, width: float, largest: float) -> float:
@@ -161,7 +173,7 @@ class Canvas:
     def label(self, row: int, name: str, classes: str, colour: str) -> None:
         """Name of a row, and under it what it stands for."""
         y = self._row_top(row) + self._row_height / 2
-        self._text(MARGIN, y - 0.04, name, size=11.5, weight="bold", color=colour, va="bottom")
+        self._text(MARGIN, y - 0.04, name, size=11.5, weight="bold", color=readable(colour), va="bottom")
         self._text(MARGIN, y + 0.04, classes, size=9.5, va="top")
 
     def lead(self, row: int, pixels: np.ndarray, colour: str) -> None:
@@ -212,7 +224,9 @@ class Canvas:
 
     def side_heading(self, row: int, text: str) -> None:
         """What stands in the column on the right, from this row on."""
-        self._text(self._side_left, self._row_top(row) - 0.26, text, size=9.5, color=QUIET_COLOUR)
+        self._text(
+            self._side_left, self._row_top(row) - (0.26 if row == 0 else 0.23), text, size=9.5, color=QUIET_COLOUR
+        )
 
     def side_text(self, row: int, text: str, inset: float) -> None:
         """Some lines in the column on the right."""
@@ -223,7 +237,7 @@ class Canvas:
         room = self._images_left if not self._has_images else self._density_left - DENSITY_GAP
         n_characters = int(CHARACTERS_PER_INCH / 8.5 * (room - MARGIN - 0.1))
         lines = "\n".join(textwrap.wrap(text, n_characters))
-        self._text(MARGIN, self._height - FOOTER_HEIGHT + 0.12, lines, size=8.5, color=QUIET_COLOUR)
+        self._text(MARGIN, self._height - FOOTER_HEIGHT + 0.2, lines, size=8.5, color=QUIET_COLOUR)
 
     def _row_top(self, row: int) -> float:
         return MARGIN + TITLE_HEIGHT + HEADER_HEIGHT + row * (self._row_height + ROW_GAP)

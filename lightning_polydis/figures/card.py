@@ -132,7 +132,8 @@ def _draw_row(
 
 
 def _pixels(image: CardImage) -> np.ndarray:
-    return pixels_of(image.pixels[None])[0]
+    pixels: np.ndarray = pixels_of(image.pixels[None])[0]
+    return pixels
 
 
 def _frame_colour(card: ChannelCard, image: CardImage) -> str:
@@ -164,13 +165,13 @@ def _draw_sources(axes: Axes, sources: Sequence[SourceShare], largest: float, co
 def _draw_facts(canvas: Canvas, card: ChannelCard) -> None:
     canvas.side_heading(0, "similarity of its classes")
     if any(card.sources):
-        canvas.side_heading(1, "strongest inputs, and the concept's share")
+        canvas.side_heading(1, "strongest inputs, share it takes")
     axes = canvas.side(0, "row 0, similarities", MATRIX_WIDTH, inset=MATRIX_LEFT)
     sizes = [len(concept) for concept in card.concepts]
     draw_similarities(axes, np.asarray(card.class_similarities), sizes)
     lines = [f"lowest {card.cosine_similarity:.2f}"]
     if card.interval is not None:
-        lines.append(f"({card.interval[0]:.2f} to {card.interval[1]:.2f})")
+        lines.append(f"95 %: {card.interval[0]:.2f} to {card.interval[1]:.2f}")
     lines.append(f"threshold {card.threshold:.2f}")
     if card.reliability is not None:
         lines.append(f"reliability {card.reliability:.2f}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_polydis.figures.canvas import CONCEPT_COLOURS, TEXT_COLOUR
+from lightning_polydis.figures.canvas import CONCEPT_COLOURS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 COLOUR_MAP = "cividis"
 """Looks the same, and rises evenly, for people who see no difference between red and green."""
 
-STRIP = 0.045
-"""Thickness of the strips that tell the concepts apart, as a part of the matrix."""
+STRIP = 5
+"""Thickness, in points, of the strips that tell the concepts apart."""
 
 
 def draw_similarities(axes: Axes, matrix: np.ndarray, sizes: Sequence[int]) -> AxesImage:
@@ -34,24 +34,29 @@ def draw_similarities(axes: Axes, matrix: np.ndarray, sizes: Sequence[int]) -> A
     axes.spines[:].set_visible(False)
     start = 0
     for index, size in enumerate(sizes):
-        colour = CONCEPT_COLOURS[index] if index < len(CONCEPT_COLOURS) else TEXT_COLOUR
-        _strip(axes, start / len(matrix), size / len(matrix), colour)
+        _strip(axes, start / len(matrix), size / len(matrix), strip_colour(index))
         start += size
     return image
 
 
+def strip_colour(concept: int) -> str:
+    """That of the concept; where colours have run out, two greys by turns."""
+    return CONCEPT_COLOURS[concept] if concept < len(CONCEPT_COLOURS) else ("#222222", "#777777")[concept % 2]
+
+
 def _strip(axes: Axes, start: float, length: float, colour: str) -> None:
-    """In parts of the axes, from the upper left corner; a small gap parts neighbours."""
-    from matplotlib.patches import Rectangle
+    """Above and left of the matrix, in parts of it from the upper left corner; a small gap parts neighbours."""
+    from matplotlib.transforms import ScaledTranslation
 
     gap = min(0.012, length / 5)
-    places = {
-        (start + gap, 1 + STRIP / 2): (length - 2 * gap, STRIP),
-        (-1.5 * STRIP, 1 - start - length + gap): (STRIP, length - 2 * gap),
-    }
-    for corner, (width, height) in places.items():
-        patch = Rectangle(corner, width, height, color=colour, linewidth=0, transform=axes.transAxes, clip_on=False)
-        axes.add_patch(patch)
+    along, away = (start + gap, start + length - gap), (STRIP / 2 + 1) / 72
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    sides = {(0.0, away): (along, (1, 1)), (-away, 0.0): ((0, 0), (1 - along[0], 1 - along[1]))}
+    for offset, (x, y) in sides.items():
+        moved = axes.transAxes + ScaledTranslation(*offset, figure.dpi_scale_trans)
+        style: dict[str, Any] = {"linewidth": STRIP, "solid_capstyle": "butt", "clip_on": False, "transform": moved}
+        axes.plot(x, y, color=colour, scalex=False, scaley=False, **style)
 
 
 def is_dark(image: AxesImage, value: float) -> bool:
