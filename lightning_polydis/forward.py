@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from lightning_polydis._checks import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch.utils.hooks import RemovableHandle
 
@@ -145,6 +145,39 @@ def _uncompile(module: nn.Module, copies: dict[int, Any]) -> None:
             original = getattr(value, "_torchdynamo_orig_callable", None)
             if isinstance(original, MethodType):
                 own.__dict__[name] = copy.deepcopy(original, copies)
+
+
+@contextmanager
+def noting_earlier(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
+    """The modules that, in each pass made meanwhile, are done before the first of some layers begins.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        >>> with noting_earlier(net, [net[1]]) as earlier:
+        ...     output = net(torch.ones(1, 2))
+        >>> earlier == {net[0]}
+        True
+    """
+    earlier: set[nn.Module] = set()
+    later: set[nn.Module] = set()
+    is_behind = False
+
+    def begin(module: nn.Module, args: Any) -> None:
+        nonlocal is_behind
+        is_behind = module is not model
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        (later if is_behind else earlier).add(module)
+
+    handles = [module.register_forward_pre_hook(begin) for module in (model, *layers)]
+    handles += [module.register_forward_hook(end) for module in model.modules()]
+    try:
+        yield earlier
+    finally:
+        earlier -= later
+        for handle in handles:
+            handle.remove()
 
 
 class CallStack:

@@ -69,16 +69,17 @@ def resolve_composite(attribution: Any) -> Composite:
     )
 
 
-def with_split_rules(composite: Composite, canonizers: Sequence[Canonizer] = ()) -> Composite:
+def with_split_rules(composite: Composite, canonizers: Sequence[Canonizer] = ()) -> SplitAwareComposite:
     """A composite that treats split layers as the given one treats the layers they were.
 
     The result is used like any zennit composite, on split networks and on others. ``expand`` passes relevance on as
     the composite's rule for the layer does (`split_rules.ExpandRule`), ``merge`` hands each part its portion, and a
-    batch norm behind a split layer is merged into it (`SplitMergeBatchNorm`). With every rule of zennit that
-    has parameters the parts' relevances add up to the channel's, and the heat map at the input is that of the network
-    before the split, up to rounding. A composite that has no rule for the layer (one that changes the gradient at
-    ReLUs, for instance) is left as it is; behind a rule that is no `zennit.core.BasicHook`, ``merge`` has the rule
-    `Norm`, which keeps the sum, but not the heat map.
+    batch norm behind a split layer is merged into it (`SplitMergeBatchNorm`). With every rule of zennit that has
+    parameters the parts' relevances add up to what the rule passes on of the channel's (all of it, but for
+    stabilizers and for rules that go by sign and find nothing of that sign), and the heat map at the input is that
+    of the network before the split, up to rounding. A composite that has no rule for the layer (one that changes
+    the gradient at ReLUs, for instance) is left as it is; behind a rule that is no `zennit.core.BasicHook`,
+    ``merge`` has the rule `Norm`, which keeps the sum, but not the heat map.
 
     Args:
         composite: Any zennit composite, with its canonizers.
@@ -99,15 +100,32 @@ def with_split_rules(composite: Composite, canonizers: Sequence[Canonizer] = ())
         >>> torch.allclose(relevance, before, atol=1e-4)
         True
     """
-    return _SplitAware(composite, canonizers)
+    return SplitAwareComposite(composite, canonizers)
 
 
-class _SplitAware(Composite):  # type: ignore[misc]
+class SplitAwareComposite(Composite):  # type: ignore[misc]
+    """What `with_split_rules` makes.
+
+    Args:
+        composite: The composite that gives the rules.
+        canonizers: Further canonizers.
+    """
+
     def __init__(self, composite: Composite, canonizers: Sequence[Canonizer]) -> None:
         self._inner = composite
+        self._left_out: set[nn.Module] = set()
         told = any(isinstance(canonizer, SplitMergeBatchNorm) for canonizer in canonizers)
         own = [] if told else [SplitMergeBatchNorm()]
         super().__init__(self._rule_of, [*canonizers, *own, *composite.canonizers])
+
+    def leave_out(self, modules: set[nn.Module]) -> None:
+        """Give these modules no rule, as no relevance will come by."""
+        self._left_out = modules
+
+    def forget(self) -> None:
+        """Let the tensors of the last pass go and stay registered."""
+        for hook in self.hook_refs:
+            hook.remove()
 
     def _rule_of(self, context: dict[Any, Any], name: str, module: nn.Module) -> Hook | None:
         """The rule for a module; zennit asks for containers first, then for what they contain."""
@@ -115,7 +133,7 @@ class _SplitAware(Composite):  # type: ignore[misc]
             return context[module](name)
         rule = self._inner.module_map(context.setdefault("inner", {}), name, module)
         if not isinstance(module, SplitLayer):
-            return rule
+            return None if module in self._left_out else rule
 
         def of_expand(name: str) -> Hook | None:
             own = self._inner.module_map(context["inner"], name, module.expand)
@@ -214,7 +232,9 @@ def _is_mergeable(norm: nn.Module) -> bool:
     return isinstance(norm, BatchNorm) and all(isinstance(getattr(norm, name), Tensor) for name in names)
 
 
-def fitted_composite(composite: Composite, model: nn.Module, run: Callable[[], Any]) -> tuple[Composite, str | None]:
+def fitted_composite(
+    composite: Composite, model: nn.Module, run: Callable[[], Any]
+) -> tuple[SplitAwareComposite, str | None]:
     """A composite with rules for split layers and with canonizers that leave a network's function as it is.
 
     A composite that brings canonizers keeps them; another one gets those of `canonizers_for`, or none where these

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_polydis._checks import InputError
 from lightning_polydis.collection import LayerRecord, RelevanceCollector
 from lightning_polydis.discovery import ForwardCall, with_tensors
-from lightning_polydis.forward import default_dtype, full_precision, path_to, quiet_copy
+from lightning_polydis.forward import default_dtype, full_precision, noting_earlier, path_to, quiet_copy
 from lightning_polydis.layers import at_least_single, channels_are_last, sum_over_positions
 from lightning_polydis.lrp import MAX_DEVIATION, deviation, fitted_composite
 
@@ -138,7 +138,10 @@ class ModuleCopy:
         self._collector = RelevanceCollector(
             self._module, layers, logits_fn=logits_fn, logits_module=names.logits_module
         )
-        self._ready, note = fitted_composite(composite, self._module, lambda: self._make(call))
+        with noting_earlier(self._module, layers.values()) as earlier:
+            self._ready, note = fitted_composite(composite, self._module, lambda: self._make(call))
+        self._ready.leave_out(earlier)  # their inputs would be kept for nothing
+        self._ready.register(self._module)  # for as long as there is this copy
         self.notes = [] if note is None else [note]
 
     def relevances(self, call: ForwardCall, targets: Tensor, logits: Tensor) -> dict[str, Tensor]:
@@ -173,10 +176,9 @@ class ModuleCopy:
 
     def _pass(self, call: ForwardCall, targets: Tensor) -> dict[str, LayerRecord]:
         try:
-            with self._ready.context(self._module):
-                self._collector.start(targets)
-                self._make(call)
-                return self._collector.finish()
+            self._collector.start(targets)
+            self._make(call)
+            return self._collector.finish()
         except InputError:
             raise
         except Exception as error:
@@ -186,7 +188,7 @@ class ModuleCopy:
                 "`attribution='gradient_x_input'`."
             ) from error
         finally:
-            self._ready.remove()
+            self._ready.forget()
             self._collector.close()
 
     def _make(self, call: ForwardCall) -> Any:

@@ -6,6 +6,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.resnet import Bottleneck
+from zennit.layer import Sum
+
+from lightning_polydis import ChannelSplit, SplitPlan
+from lightning_polydis.layers import inputs_per_channel
 
 
 def conv_relu_net(num_classes: int = 4, in_channels: int = 3) -> nn.Sequential:
@@ -44,6 +48,58 @@ class BottleneckNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.blocks(self.stem(images)).mean((2, 3)))
+
+
+def plain_vgg(bias: bool = False, num_classes: int = 4) -> nn.Sequential:
+    """Convolutions, ReLUs and both kinds of pooling, for images of 8 x 8; piecewise linear if without biases."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1, bias=bias), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3, padding=1, bias=bias), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 12, 3, padding=1, bias=bias), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()),
+        *(nn.Linear(48, 16, bias=bias), nn.ReLU(), nn.Linear(16, num_classes, bias=bias)),
+    )
+
+
+class PlainResNet(nn.Module):
+    """One residual block without biases and batch norms, with zennit's module for the sum."""
+
+    def __init__(self, num_classes: int = 4) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Conv2d(8, 12, 1, bias=False)
+        self.first, self.second = (nn.Conv2d(8, width, 3, padding=1, bias=False) for width in (8, 12))
+        self.relus, self.sum, self.pool = nn.ModuleList(nn.ReLU() for _ in range(3)), Sum(), nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(12, num_classes, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.relus[0](self.stem(images))
+        branches = torch.stack([self.down(x), self.second(self.relus[1](self.first(x)))], -1)
+        return self.fc(self.pool(self.relus[2](self.sum(branches))).flatten(1))
+
+
+SPLIT_KINDS = [(2, "below"), (2, "above"), (2, "hard"), (3, "below"), (3, "above"), (3, "hard"), (2, "an empty row")]
+
+
+def memberships(n_concepts: int, n_inputs: int, kind: str, generator: torch.Generator) -> Tensor:
+    """Of each kind: sums over concepts below 1 or above it, zeros and ones, a concept of nothing."""
+    values = torch.rand(n_concepts, n_inputs, generator=generator)
+    if kind == "below":
+        return values / n_concepts
+    if kind == "above":
+        return 0.6 + 0.4 * values
+    if kind == "hard":
+        return (values > 0.5).float()
+    return values * torch.tensor([[0.0], [1.0]])
+
+
+def plan_for(net: nn.Module, *layers: str) -> SplitPlan:
+    """Channels 0 to 6 of each layer, one for each kind of membership."""
+    generator, splits = torch.Generator().manual_seed(0), []
+    for name in layers:
+        n_inputs = inputs_per_channel(net.get_submodule(name))
+        for channel, (count, kind) in enumerate(SPLIT_KINDS):
+            rows = memberships(count, n_inputs, kind, generator)
+            splits.append(ChannelSplit(name, channel, [[label] for label in range(count)], rows))
+    return SplitPlan(splits)
 
 
 def make_images(n: int = 48, num_classes: int = 4, size: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:

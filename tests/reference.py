@@ -293,15 +293,19 @@ def parts_by_hand(layer, x, relevance, membership, rule) -> tuple[Tensor, Tensor
     passed = torch.zeros(n_concepts + 1, len(x), n_inputs, dtype=torch.float64)
     for b, image in enumerate(x.tolist()):
         gains = [w * value for w, value in zip(weight, image, strict=True)]
-        if rule == "z_plus":
-            gains, own_bias = [max(gain, 0) for gain in gains], max(bias, 0)
-        else:
-            own_bias = bias
-        total = sum(gains) + own_bias
-        for i, shares in enumerate(rows):
-            for k in range(n_inputs):
-                passed[i, b, k] = shares[k] * gains[k] / total * relevance[b]
-            portions[i, b] = passed[i, b].sum() + of_bias[i] * own_bias / total * relevance[b]
+        above, below = ([clip(gain, 0) for gain in [*gains, bias]] for clip in (max, min))
+        kinds = {
+            "epsilon": [(1, [*gains, bias])],
+            "z_plus": [(1, above)],
+            "alpha2_beta1": [(2, above), (-1, below)],
+        }
+        for factor, all_gains in kinds[rule]:
+            *own, own_bias = (factor * gain / sum(all_gains) * relevance[b] for gain in all_gains)
+            for i, shares in enumerate(rows):
+                for k in range(n_inputs):
+                    passed[i, b, k] += shares[k] * own[k]
+                    portions[i, b] += shares[k] * own[k]
+                portions[i, b] += of_bias[i] * own_bias
     return portions, passed
 
 
