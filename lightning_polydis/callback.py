@@ -83,8 +83,8 @@ class ChannelDisentanglement(Callback):
         logits_fn: Network output -> logits ``[B, K]``. `None`: the tensor itself, ``.logits`` or ``["logits"]``.
         denormalize: What makes pictures in [0, 1] of the images, for the reports: a function on ``[n, C, H, W]``, or
             mean and standard deviation of each colour. `None`: those of the data set's transforms, if it has such.
-        dirpath: Where ``report.json``, ``report.html`` and ``split_plan.json`` go. `None`: the logger's directory (no logger: nowhere).
-            With several of these callbacks in a trainer their names begin with the layers'.
+        dirpath: Where ``report.json``, ``report.html`` and ``split_plan.json`` go. `None`: the logger's directory (no
+            logger: nowhere). With several of these callbacks in a trainer their names begin with the layers'.
         dataloader: Which of several validation loaders is analysed, by place or, where they come as a dictionary, by
             key; `None`: all of them.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,21 @@ class CheckpointFile:
         state_dict: Of the network.
         rest: The other entries of a Lightning checkpoint; `None` for a file that is a state dict and nothing else.
         metadata: Of a safetensors file.
+        is_ordered: Whether the entries stand in the order of the network's layers; safetensors has one of its own.
         left_out: Entries that `without_states` took out.
     """
 
     state_dict: Mapping[str, Any]
     rest: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
+    is_ordered: bool = True
     left_out: tuple[str, ...] = ()
 
     def without_states(self) -> CheckpointFile:
         """The same without optimizer states and averages, which would not fit a split network."""
         left_out = tuple(name for name in UNFITTING if (self.rest or {}).get(name))
         rest = None if self.rest is None else {key: self.rest[key] for key in self.rest if key not in UNFITTING}
-        return CheckpointFile(self.state_dict, rest, self.metadata, left_out)
+        return replace(self, rest=rest, left_out=left_out)
 
     def save(self, path: str | Path, state_dict: Mapping[str, Any]) -> None:
         """Write the file with another state dict; it appears whole or not at all."""
@@ -98,9 +101,8 @@ def _unpickled(path: str | Path, trusted: bool) -> Any:
                 "If you trust the file, add `--trust`."
             ) from error
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
-        raise InputError(f"`{path}` cannot be read as a checkpoint: it is damaged or of another kind ({reason}).") from (
-            error
-        )
+        text = f"`{path}` cannot be read as a checkpoint: it is damaged or of another kind ({reason})."
+        raise InputError(text) from error
 
 
 def _what(error: Exception) -> str:
@@ -115,12 +117,10 @@ def _read_tensors(path: str | Path) -> CheckpointFile:
         state_dict: dict[str, Any] = safetensors.load(content)
     except Exception as error:  # its own error class has no public name in all versions
         raise InputError(f"`{path}` cannot be read as safetensors: {error}.") from error
-    return CheckpointFile(state_dict, metadata=_metadata(content))
+    return CheckpointFile(state_dict, metadata=_metadata(content), is_ordered=False)
 
 
 def _metadata(content: bytes) -> dict[str, str] | None:
-    import json
-
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     metadata: dict[str, str] | None = header.get("__metadata__")
     return metadata

@@ -119,7 +119,7 @@ def _add_apply_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser
         type=_groups,
         action="append",
         default=[],
-        help="groups of a convolution, where they cannot be inferred; may be repeated",
+        help="groups of a convolution (1: an ordinary one), where the checkpoint does not tell; may be repeated",
     )
     command.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     command.add_argument(
@@ -155,9 +155,16 @@ def _show(given: argparse.Namespace) -> None:
     report = PolysemanticityReport.load(given.input)
     console = Console()
     console.print(report.to_table(given.max_rows))
-    if not report.channels and report.sweeps:
-        console.print(escape(f"Suggested settings {report.suggest_settings().arguments()}:"))
-        console.print(escape(report.suggest_settings().reason))
+    if not report.channels:
+        console.print(escape(_suggested(report)))
+
+
+def _suggested(report: PolysemanticityReport) -> str:
+    try:
+        suggested = report.suggest_settings()
+    except InputError:  # the file holds no sweep
+        return "Run the analysis again to see what other settings would have found."
+    return f"Suggested settings: {suggested.arguments()}. {suggested.reason}"
 
 
 def _apply_plan(given: argparse.Namespace) -> None:
@@ -167,7 +174,7 @@ def _apply_plan(given: argparse.Namespace) -> None:
     if not len(plan):
         raise InputError(f"`{given.plan}` splits no channel: there is nothing to do.")
     checkpoint = read_checkpoint(given.checkpoint, trusted=given.trust).without_states()
-    layers = split_layers(checkpoint.state_dict, plan, dict(given.groups))
+    layers = split_layers(checkpoint.state_dict, plan, dict(given.groups), is_ordered=checkpoint.is_ordered)
     checkpoint.save(given.output, with_splits(checkpoint.state_dict, layers))
     for name, layer in layers.items():
         print(_told(name, layer))

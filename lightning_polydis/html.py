@@ -139,7 +139,7 @@ def _asset(name: str) -> str:
 
 def _number(value: float | None, digits: int = 2) -> str:
     if value is None:
-        return "–"
+        return "\N{EN DASH}"
     return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -243,11 +243,11 @@ def _caveats(report: PolysemanticityReport) -> list[str]:
     doubtful = sum(found.is_clear is False for found in report.channels)
     if doubtful:
         caveats.append(
-            f"Flags that are not clear: {doubtful} of {len(report.channels)}. The interval of their similarity reaches up "
-            "to the threshold; more images would tell."
+            f"Flags that are not clear: {doubtful} of {len(report.channels)}. The interval of their similarity reaches "
+            "up to the threshold; more images would tell."
         )
     if report.channels and not report.quality:
-        caveats.append("The quality of the splits was not measured: there were no images left to judge them by.")
+        caveats.append("The quality of the splits was not measured.")
     return caveats
 
 

@@ -138,10 +138,20 @@ def view_of(card: ChannelCard) -> CardView:
     return CardView(card, rows, _sources(card), classes, cells)
 
 
+def quantity(value: float) -> str:
+    """An activation in three digits, without powers of ten unless it is tiny.
+
+    Example:
+        >>> quantity(1483.2), quantity(0.51372)
+        ('1483', '0.514')
+    """
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def _pictures(row: CardRow, concept_of: dict[int, int]) -> list[Picture]:
     chips = [chip_of(concept_of[image.target]) if image.target in concept_of else None for image in row.images]
     return [
-        Picture(_source(image), image.target, f"{image.activation:.3g}", chip, chip.colour if chip else OTHER_COLOUR)
+        Picture(_source(image), image.target, quantity(image.activation), chip, chip.colour if chip else OTHER_COLOUR)
         for image, chip in zip(row.images, chips, strict=True)
     ]
 
@@ -188,8 +198,8 @@ def _description(activations: Sequence[Sequence[float]]) -> str:
         if values:
             low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
             parts.append(
-                f"on images of concept {place + 1} median {median:.3g}, middle half {low:.3g} to {high:.3g} "
-                f"({len(values)} images)"
+                f"on images of concept {place + 1} median {quantity(median)}, middle half {quantity(low)} to "
+                f"{quantity(high)} ({len(values)} images)"
             )
     return f"Distribution of the activation: {'; '.join(parts)}."
 
@@ -202,7 +212,7 @@ def _sources(card: ChannelCard) -> list[tuple[Chip, list[Source]]]:
             [
                 Source(
                     source.source,
-                    f"{source.strength:.3g}",
+                    quantity(source.strength),
                     f"{source.membership:.0%}",
                     100 * abs(source.strength) / (strongest or 1.0),
                 )

@@ -45,7 +45,8 @@ class Drawing:
 
 def overview_drawings(report: PolysemanticityReport, overview: LayerOverview) -> list[Drawing]:
     """The figures of a layer at a glance."""
-    names, own = report.class_names, [part for part in report.quality if part.layer == overview.layer]
+    names = _names(report, overview)
+    own = [part for part in report.quality if part.layer == overview.layer]
     drawings = [
         _drawing("Similarities", _similarities(overview), lambda: figures.similarity_figure(overview)),
         _drawing("Relevance", _relevance(overview), lambda: figures.relevance_figure(overview, class_names=names)),
@@ -55,6 +56,14 @@ def overview_drawings(report: PolysemanticityReport, overview: LayerOverview) ->
             _drawing("Quality of the splits", _quality(own), lambda: figures.quality_figure(own, overview.layer))
         )
     return drawings
+
+
+def _names(report: PolysemanticityReport, overview: LayerOverview) -> list[str] | None:
+    """Names of all classes that the figures name, as many as the report has and numbers for the others."""
+    if report.class_names is None:
+        return None
+    names = [str(name) for name in report.class_names]
+    return names + [f"class {index}" for index in range(len(names), max(overview.classes, default=-1) + 1)]
 
 
 def sweep_drawing(report: PolysemanticityReport, sweep: LayerSweep) -> Drawing:
@@ -69,15 +78,18 @@ def history_drawing(report: PolysemanticityReport) -> Drawing:
 
 def _drawing(title: str, description: str, draw: Callable[[], Any]) -> Drawing:
     try:
-        figure = draw()
+        return Drawing(title, description, *_picture(draw))
     except ModuleNotFoundError:  # matplotlib is an extra
         return Drawing(title, description, None)
+
+
+def _picture(draw: Callable[[], Any]) -> tuple[str, int, int]:
+    """A figure as a data URL, and its size in the page."""
+    figure = draw()
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
     width, height = (round(SHOWN_DPI * size) for size in figure.get_size_inches())
-    return Drawing(
-        title, description, f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}", width, height
-    )
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}", width, height
 
 
 def _similarities(overview: LayerOverview) -> str:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
     from matplotlib.figure import Figure
 
-DPI = 100
+DPI, SMALLEST_DPI = 100, 70
+
+PANEL = 975
+"""Pixels that TensorBoard has for an image in a window 1400 wide; it cuts off what is beyond."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class _TensorBoard:
         logger.experiment.add_text(tag, table.markdown, step)
 
     def figure(self, logger: Any, tag: str, figure: Figure, step: int) -> None:
+        figure.set_dpi(min(DPI, max(SMALLEST_DPI, PANEL / figure.get_figwidth())))
         logger.experiment.add_figure(tag, figure, step)
 
 

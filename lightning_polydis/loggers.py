@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lightning_polydis.sweep import LayerSweep
 
 MAX_ROWS = 20
-MAX_CARDS = 6
+MAX_CARDS, CARD_IMAGES = 6, 5
 CONCEPT_LENGTH = 36
 SPLIT_SCALARS = ("distortion", "leak", "spurious", "auroc")
 FINAL_SCALARS = ("distortion", "leak", "auroc")
@@ -147,7 +147,7 @@ def _items(report: PolysemanticityReport) -> list[LogItem]:
             items.append(_figure(layer, "history", history_figure, history))
         cards = [card for card in report.cards if card.layer == layer][:MAX_CARDS]
         for rank, card in enumerate(cards, start=1):
-            items.append(_figure(layer, f"card_{rank}", card_figure, card, class_names=names))
+            items.append(_figure(layer, f"card_{rank}", card_figure, card, class_names=names, n_images=CARD_IMAGES))
     return items
 
 
@@ -199,17 +199,15 @@ def _cell(report: PolysemanticityReport, concepts: Sequence[Sequence[int]]) -> s
 
 
 def _line(cells: Iterable[object]) -> str:
-    texts = (
-        "-"
-        if cell is None
-        else ("yes" if cell else "no")
-        if isinstance(cell, bool)
-        else f"{cell:.2f}"
-        if isinstance(cell, float)
-        else str(cell).replace("|", "\\|")
-        for cell in cells
-    )
-    return f"| {' | '.join(texts)} |"
+    return f"| {' | '.join(map(_text, cells))} |"
+
+
+def _text(cell: object) -> str:
+    if cell is None:
+        return "-"
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    return f"{cell:.2f}" if isinstance(cell, float) else str(cell).replace("|", "\\|")
 
 
 def _sweep_table(report: PolysemanticityReport, sweep: LayerSweep) -> LogTable:

@@ -7,8 +7,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.markup import escape
-from rich.table import Table
 
 from lightning_polydis._checks import InputError
 from lightning_polydis._files import parse, read_json, write_json
@@ -19,13 +17,15 @@ from lightning_polydis.evaluation import SplitQuality
 from lightning_polydis.layers import find_layer
 from lightning_polydis.plan import SplitPlan
 from lightning_polydis.planning import LayerEvidence, judge_splits, plan_splits
+from lightning_polydis.report_tables import console_table, markdown_table
 from lightning_polydis.sweep import LayerSweep, SuggestedSettings, suggest_settings, sweep_layer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
     from pathlib import Path
 
     from pandas import DataFrame
+    from rich.table import Table
     from torch import Tensor, nn
 
 MAX_CARDS = 20
@@ -372,36 +372,11 @@ class PolysemanticityReport:
         Args:
             max_rows: Rows of the table at most; `None`: all.
         """
-        lines = [_summary_line(layer) for layer in self.layers]
-        lines += [f"- {note}" for note in self.notes]
-        header, rows = self._rows()
-        first = 1 if len(self.layers) == 1 else 0  # the summary names a single layer
-        if rows:
-            header, rows = header[first:], [row[first:] for row in rows]
-            shown = rows if max_rows is None else rows[:max_rows]
-            lines += ["", _markdown_row(header), _markdown_row(["---"] * len(header))]
-            lines += [_markdown_row([cell.replace("|", "\\|") for cell in row]) for row in shown]
-            lines += [f"\n{len(rows) - len(shown)} more in `report.json`."] if len(shown) < len(rows) else []
-        return "\n".join(lines)
+        return markdown_table(self, max_rows)
 
     def to_table(self, max_rows: int = 20) -> Table:
         """The polysemantic channels as a `rich` table that fits a narrow console."""
-        header, rows = _narrowed(*self._rows())
-        n_found, n_images = len(self.channels), self.n_images
-        table = Table(title=f"{n_found} polysemantic channel{'s' * (n_found != 1)} ({n_images} images)")
-        first = 1 if len(self.layers) == 1 else 0  # the caption names a single layer
-        for name in header[first:]:
-            fixed = name not in ("layer", "concepts")
-            table.add_column(
-                name.split()[0], justify="right" if fixed else "left", no_wrap=fixed, min_width=8 - 2 * fixed
-            )
-        for row in rows[:max_rows]:
-            table.add_row(*map(escape, row[first:]))
-        more = [f"{len(rows) - max_rows} more in the report."] if len(rows) > max_rows else []
-        if any(row[3].endswith("~") for row in rows):
-            more.append("~: the interval of the similarity reaches up to the threshold.")
-        table.caption = escape("\n".join([*more, *(_summary_line(layer) for layer in self.layers), *self.notes]))
-        return table
+        return console_table(self, max_rows)
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one self-contained HTML page, see `html.to_html`; it appears whole or not at all.
@@ -425,50 +400,10 @@ class PolysemanticityReport:
             raise ModuleNotFoundError(text) from error
         return pd.DataFrame([asdict(channel) for channel in self.channels])
 
-    def _rows(self) -> tuple[list[str], list[list[str]]]:
-        header = ["layer", "channel", "concepts", "cosine"]
-        measured_well = ["reliability", "clear"] if any(found.is_clear is not None for found in self.channels) else []
-        qualities = self.__dict__.get("quality", self._saved_quality) or []  # only if it was asked for
-        measured = {(quality.layer, quality.channel): quality for quality in qualities}
-        figures = ["distortion", "leak", "spurious", "auroc"] if measured else []
-        rows = []
-        for found in self.channels:
-            concepts = " / ".join(self._concept_text(concept) for concept in found.concepts)
-            row = [found.layer, str(found.channel), concepts, f"{found.cosine_similarity:.2f}"]
-            row += [_figure(found.reliability), "yes" if found.is_clear else "no"] if measured_well else []
-            quality = measured.get((found.layer, found.channel))
-            row += [_figure(None if quality is None else quality.mean(name)) for name in figures]
-            rows.append(row)
-        return header + measured_well + figures, rows
-
-    def _concept_text(self, concept: Sequence[int], max_names: int = 4) -> str:
-        names = [self.label(index) for index in concept[:max_names]]
-        more = [f"+{len(concept) - max_names}"] if len(concept) > max_names else []
-        return ", ".join(names + more)
-
-
-def _summary_line(layer: LayerSummary) -> str:
-    return (
-        f"{layer.name}: {layer.n_polysemantic} of {layer.n_channels} channels polysemantic, "
-        f"{layer.n_candidates} candidates, {layer.n_pairs} of {layer.n_candidate_pairs} class pairs flagged, "
-        f"cosine similarity {layer.min_cosine:.2f} to {layer.max_cosine:.2f}, mean {layer.mean_cosine:.2f}."
-    )
-
-
-def _narrowed(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """The table without the columns on how sure a flag is; a mark at the similarity stands for them."""
-    if "clear" not in header:
-        return header, rows
-    marked = [[*row[:3], row[3] + ("" if row[5] == "yes" else " ~"), *row[6:]] for row in rows]
-    return header[:4] + header[6:], marked
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    @property
+    def known_quality(self) -> list[SplitQuality]:
+        """The quality of the splits, if it was asked for before; else empty."""
+        return self.__dict__.get("quality", self._saved_quality) or []
 
 
 def _pair_from_json(content: dict[str, Any]) -> PolysemanticPair:

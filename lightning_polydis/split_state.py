@@ -21,7 +21,11 @@ KINDS: dict[int, type[LinearLayer]] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d,
 
 
 def split_state_dict(
-    state_dict: Mapping[str, Any], plan: SplitPlan, n_groups: Mapping[str, int] | None = None
+    state_dict: Mapping[str, Any],
+    plan: SplitPlan,
+    n_groups: Mapping[str, int] | None = None,
+    *,
+    is_ordered: bool = True,
 ) -> dict[str, Any]:
     """The state dict that a network has once it is split, from the one that it has before, bit for bit.
 
@@ -32,6 +36,8 @@ def split_state_dict(
         state_dict: Of the unsplit network.
         plan: What to split.
         n_groups: Groups of convolutions, by name of the layer.
+        is_ordered: Whether the entries stand in the order of the network's layers. Those of a safetensors file do not;
+            groups are not inferred then.
 
     Returns:
         The state dict of ``disentangle(network, plan)``; entries of other layers are those of ``state_dict``.
@@ -48,11 +54,15 @@ def split_state_dict(
         >>> split_state_dict(net.state_dict(), plan)["2.expand.weight"].shape
         torch.Size([10, 3, 3, 3])
     """
-    return with_splits(state_dict, split_layers(state_dict, plan, n_groups))
+    return with_splits(state_dict, split_layers(state_dict, plan, n_groups, is_ordered=is_ordered))
 
 
 def split_layers(
-    state_dict: Mapping[str, Any], plan: SplitPlan, n_groups: Mapping[str, int] | None = None
+    state_dict: Mapping[str, Any],
+    plan: SplitPlan,
+    n_groups: Mapping[str, int] | None = None,
+    *,
+    is_ordered: bool = True,
 ) -> dict[str, SplitLayer]:
     """Split forms of a plan's layers, of which only state and groups are meant: strides and the like are unknown.
 
@@ -62,7 +72,7 @@ def split_layers(
     known = dict(n_groups or {})
     if unknown := sorted(set(known) - set(plan.layers)):
         raise InputError(f"Expected groups of layers in the plan, but got {unknown[0]!r}. In the plan: {plan.layers}.")
-    layers = {name: _layer_of(state_dict, name, known.get(name)) for name in plan.layers}
+    layers = {name: _layer_of(state_dict, name, known.get(name), is_ordered) for name in plan.layers}
     return {name: split_layer(layer, plan.of_layer(name)) for name, layer in layers.items()}
 
 
@@ -78,12 +88,12 @@ def with_splits(state_dict: Mapping[str, Any], layers: Mapping[str, SplitLayer])
     return entries
 
 
-def _layer_of(state_dict: Mapping[str, Any], name: str, groups: int | None) -> LinearLayer:
+def _layer_of(state_dict: Mapping[str, Any], name: str, groups: int | None, is_ordered: bool) -> LinearLayer:
     """The layer with these entries in a state dict; stride, padding and dilation are those of a fresh layer."""
     weight, bias = _weight_of(state_dict, name), state_dict.get(f"{name}.bias")
     n_channels, n_inputs, *kernel = weight.shape
     if groups is None:
-        groups = inferred_groups(state_dict, name)
+        groups = inferred_groups(state_dict if is_ordered else {f"{name}.weight": weight}, name)
     _check_groups(name, weight, groups)
     tensors: dict[str, Any] = {"bias": bias is not None, "dtype": weight.dtype, "device": "meta"}
     if kernel:
@@ -164,7 +174,7 @@ def inferred_groups(state_dict: Mapping[str, Any], name: str) -> int:
         >>> inferred_groups({"a.weight": torch.empty(8, 3, 1, 1), "b.weight": torch.empty(6, 4, 1, 1)}, "b")
         2
     """
-    weight = state_dict[f"{name}.weight"]
+    weight: Tensor = state_dict[f"{name}.weight"]
     if weight.ndim == 2:
         return 1
     n_channels, n_inputs = weight.shape[:2]
@@ -178,7 +188,8 @@ def inferred_groups(state_dict: Mapping[str, Any], name: str) -> int:
         return fitting[0][1]
     raise InputError(
         f"How many groups convolution `{name}` has does not show in the state dict (a weight of shape "
-        f"{list(weight.shape)}). Say so: `--groups {name}=1` (`n_groups={{{name!r}: 1}}` in Python) for an ordinary one."
+        f"{list(weight.shape)}). Say it: for an ordinary one `--groups {name}=1`, or in Python "
+        f"`n_groups={{{name!r}: 1}}`."
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
@@ -103,6 +104,12 @@ def test_show_without_flags_suggests_settings(tmp_path, capsys):
     assert "0.03" in text
 
 
+def test_show_makes_do_with_a_file_without_sweep(tmp_path, capsys):
+    replace(sample_report(n_flagged=0), _saved_sweeps=None).save(tmp_path / "report.json")
+    assert main(["show", str(tmp_path / "report.json")]) == 0
+    assert "Run the analysis again" in capsys.readouterr().out
+
+
 def test_a_lightning_checkpoint_is_split_as_disentangle_splits_the_module(files, module, capsys):
     assert apply(files) == 0
     expected = disentangle(module, PLAN)
@@ -132,7 +139,8 @@ def test_plain_state_dicts_are_split_too(files, module, name):
         torch.save(state, files / name)
     else:
         safetensors.save_file(state, files / name, {"made by": "hand"})
-    assert apply(files, checkpoint=name, out=f"split.{name}") == 0
+    groups = [] if name.endswith(".pt") else ["--groups", "net.2=1", "--groups", "net.4=1"]
+    assert apply(files, *groups, checkpoint=name, out=f"split.{name}") == 0
     path = files / f"split.{name}"
     found = torch.load(path) if name.endswith(".pt") else safetensors.load_file(path)
     expected = disentangle(module, PLAN).state_dict()
@@ -140,6 +148,14 @@ def test_plain_state_dicts_are_split_too(files, module, name):
     assert len(found) == len(expected)
     if name.endswith(".safetensors"):
         assert b'"made by":"hand"' in path.read_bytes()
+
+
+def test_groups_are_not_inferred_from_a_file_without_order(files, module, capsys):
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(module.state_dict(), files / "state.safetensors")
+    assert apply(files, checkpoint="state.safetensors", out="split.safetensors") == 1
+    assert "--groups net.2=1" in capsys.readouterr().err
+    assert not (files / "split.safetensors").exists()
 
 
 def test_a_prefix_leads_from_the_plans_names_to_the_checkpoints(files, module):

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from lightning_polydis import PolysemanticityReport, find_polysemantic_channels
+from lightning_polydis.report_tables import concept_text
 from tests.networks import conv_relu_net, make_batches, train_briefly
 
 SETTINGS = {"relevance_threshold": 0.05, "class_fraction": 0.5, "similarity_threshold": 0.9, "progress": False}
@@ -142,8 +143,8 @@ def test_labels_are_names_or_numbers(report, net):
 
 
 def test_long_concepts_are_cut(report):
-    assert report._concept_text([0, 1, 2, 3]) == "cat | dog, <b>bird</b>, fish [wild], ant[/y]"
-    assert report._concept_text([0, 1, 2, 3, 3, 3]).endswith(", ant[/y], +2")
+    assert concept_text(report, [0, 1, 2, 3]) == "cat | dog, <b>bird</b>, fish [wild], ant[/y]"
+    assert concept_text(report, [0, 1, 2, 3, 3, 3]).endswith(", ant[/y], +2")
 
 
 def test_changed_weights_are_noticed(report, net):

@@ -26,7 +26,7 @@ QUIET_COLOUR = "#555555"
 CELL, CELL_GAP, MIN_ROW, MAX_ROW, ROW_GAP = 0.74, 0.1, 0.6, 1.1, 0.3
 LABEL_WIDTH, HEADING_WIDTH, DENSITY_WIDTH, DENSITY_GAP = 1.55, 1.8, 2.7, 0.35
 GRID_CELL = 1.1
-CARD_CELL, SIDE_WIDTH, SIDE_GAP, CAPTION_SIZE = 0.86, 2.6, 0.5, 7
+CARD_CELL, CARD_DENSITY_WIDTH, SIDE_WIDTH, SIDE_GAP, CAPTION_SIZE = 0.86, 2.1, 2.4, 0.35, 7.5
 MIN_LEAD, LEAD_GAP = 0.9, 0.25
 MARGIN, TITLE_HEIGHT, HEADER_HEIGHT, FOOTER_HEIGHT = 0.25, 0.42, 0.33, 0.5
 
@@ -149,8 +149,9 @@ class Canvas:
         images_width = max(n_columns * (cell + CELL_GAP) - CELL_GAP, HEADING_WIDTH) + DENSITY_GAP
         self._images_left = MARGIN + LABEL_WIDTH + self._lead_width
         self._density_left = self._images_left + images_width * self._has_images
-        self._side_left = self._density_left + DENSITY_WIDTH + SIDE_GAP
-        self._width = (self._side_left + SIDE_WIDTH if side else self._density_left + DENSITY_WIDTH) + MARGIN
+        self._density_width = CARD_DENSITY_WIDTH if side else DENSITY_WIDTH
+        self._side_left = self._density_left + self._density_width + SIDE_GAP
+        self._width = (self._side_left + SIDE_WIDTH if side else self._side_left - SIDE_GAP) + MARGIN
         top = MARGIN + TITLE_HEIGHT + HEADER_HEIGHT
         self._height = top + n_rows * (self._row_height + ROW_GAP) - ROW_GAP + FOOTER_HEIGHT
         self._n_rows = n_rows
@@ -162,7 +163,10 @@ class Canvas:
         self._grid = np.linspace(0, 1.05 * max(float(activations.max(initial=0)), 1e-12), 200)
         size = fitting_size(title, self._width - 2 * MARGIN, 13)
         self._text(MARGIN, MARGIN + 0.08, title, size=size, weight="bold")
-        headings = {self._density_left: "activation on each concept's images"}
+        text = (
+            "activation, by concept" if self._density_width < DENSITY_WIDTH else "activation on each concept's images"
+        )
+        headings = {self._density_left: text}
         if self._has_images:
             headings[self._images_left] = "images that activate it most"
         if self._lead_width:
@@ -205,7 +209,7 @@ class Canvas:
         """How the activation of a row's channel is distributed on the images of each concept."""
         height = min(self._row_height, MAX_ROW)
         top = self._row_top(row) + (self._row_height - height) / 2
-        axes = self._axes(self._density_left, top, DENSITY_WIDTH, height, f"row {row}, densities")
+        axes = self._axes(self._density_left, top, self._density_width, height, f"row {row}, densities")
         for values, colour in zip(by_concept, colours, strict=True):
             if len(values):
                 density = density_of(values, self._grid)
@@ -237,7 +241,7 @@ class Canvas:
         room = self._images_left if not self._has_images else self._density_left - DENSITY_GAP
         n_characters = int(CHARACTERS_PER_INCH / 8.5 * (room - MARGIN - 0.1))
         lines = "\n".join(textwrap.wrap(text, n_characters))
-        self._text(MARGIN, self._height - FOOTER_HEIGHT + 0.2, lines, size=8.5, color=QUIET_COLOUR)
+        self._text(MARGIN, self._height - FOOTER_HEIGHT + 0.17, lines, size=8.5, color=QUIET_COLOUR)
 
     def _row_top(self, row: int) -> float:
         return MARGIN + TITLE_HEIGHT + HEADER_HEIGHT + row * (self._row_height + ROW_GAP)

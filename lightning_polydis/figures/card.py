@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lightning_polydis.visualization import ChannelVisualization
 
 MAX_SOURCES = 5
-BARS_LEFT, BARS_WIDTH = 0.45, 1.6
+BARS_LEFT, BARS_WIDTH = 0.4, 1.6
 MATRIX_LEFT, MATRIX_WIDTH = 0.12, 0.86
 
 
@@ -175,7 +175,7 @@ def _draw_facts(canvas: Canvas, card: ChannelCard) -> None:
     lines.append(f"threshold {card.threshold:.2f}")
     if card.reliability is not None:
         lines.append(f"reliability {card.reliability:.2f}")
-    canvas.side_text(0, "\n".join(lines), MATRIX_LEFT + MATRIX_WIDTH + 0.2)
+    canvas.side_text(0, "\n".join(lines), MATRIX_LEFT + MATRIX_WIDTH + 0.15)
 
 
 def _remarks(card: ChannelCard, n_columns: int) -> list[str]:

@@ -94,7 +94,7 @@ def _draw_separation(axes: Axes, points: np.ndarray) -> None:
         say(axes, "no images to judge the splits by")
     low = min(0.5, float(points.min(initial=1)))
     axes.set(xlim=(low - 0.02, 1.02), ylim=(low - 0.02, 1.02))
-    axes.set(xlabel="AUROC of the original channel", ylabel="AUROC of its concept channels (1 is best)")
+    axes.set(xlabel="AUROC of the original channel", ylabel="AUROC of its concept channels")
     _finish(axes, "telling concepts apart; above the line: better than before")
 
 

@@ -102,16 +102,16 @@ def relevance_figure(overview: LayerOverview, *, class_names: Sequence[str] | No
     matrix = np.asarray(overview.relevance, dtype=float).reshape(len(overview.channels), len(overview.classes))
     matrix = matrix[:MAX_CHANNELS]
     shown = np.sort(np.argsort(-matrix.max(axis=0, initial=0), kind="stable")[:MAX_CLASSES])
-    size = (1.9 + max(0.22 * len(shown), 3.6), 2.6 + max(0.2 * len(matrix), 0.8))
+    size = (1.9 + max(0.2 * len(shown), 3.6), 2.6 + max(0.2 * len(matrix), 1.3))
     axes = plain_axes(figure, size, f"{layer_title(overview.layer)}: relevance")
     if not matrix.size:
         say(axes, "no channel is relevant for two classes")
         return figure
     image = axes.imshow(matrix[:, shown], cmap=COLOUR_MAP, vmin=0, vmax=1, aspect="auto")
     names = [shortened(named(overview.classes[place], class_names), NAME_LENGTH) for place in shown]
-    axes.set_xticks(range(len(shown)), names, rotation=90, fontsize=8)
+    axes.set_xticks(range(len(shown)), names, rotation=90, fontsize=7.5)
     axes.set_yticks(range(len(matrix)), [str(channel) for channel in overview.channels[: len(matrix)]], fontsize=8)
-    axes.set_ylabel("channel, the lowest similarity first")
+    axes.set_ylabel("channel,\nlowest similarity first", fontsize=8.5)
     n_left_out = len(overview.classes) - len(shown)
     axes.set_xlabel(f"class ({n_left_out} less relevant ones are not drawn)" if n_left_out else "class")
     bar = figure.colorbar(image, ax=axes, aspect=15, shrink=0.9, pad=0.02)

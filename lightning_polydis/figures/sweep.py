@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_polydis.figures.canvas import CONCEPT_COLOURS, TEXT_COLOUR, new_figure
+from lightning_polydis.figures.overview import layer_title
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,7 +57,7 @@ def sweep_figure(sweep: LayerSweep, settings: Mapping[str, Any]) -> Figure:
     )
     _draw_grid(grid, sweep, chosen, place)
     _draw_lines(lines, sweep, place[0], chosen)
-    figure.suptitle(f"{sweep.layer}: what other settings would have found", fontsize=12, fontweight="bold")
+    figure.suptitle(f"{layer_title(sweep.layer)}: what other settings would have found", fontsize=12, fontweight="bold")
     return figure
 
 
