@@ -4,5 +4,6 @@ from lightning_polydis.figures.canvas import CONCEPT_COLOURS, OTHER_COLOUR
 from lightning_polydis.figures.heatmap import heatmap_figure
 from lightning_polydis.figures.split import split_figure
 from lightning_polydis.figures.sweep import sweep_figure
+from lightning_polydis.figures.visualization import visualization_figure
 
-__all__ = ["CONCEPT_COLOURS", "OTHER_COLOUR", "heatmap_figure", "split_figure", "sweep_figure"]
+__all__ = ["CONCEPT_COLOURS", "OTHER_COLOUR", "heatmap_figure", "split_figure", "sweep_figure", "visualization_figure"]
