@@ -11,10 +11,12 @@ from lightning_polydis.plan import ChannelSplit, SplitPlan
 from lightning_polydis.report import PolysemanticityReport
 from lightning_polydis.splitting import SplitConv1d, SplitConv2d, SplitConv3d, SplitLinear
 from lightning_polydis.surgery import disentangle
+from lightning_polydis.visualization import ChannelVisualization, visualize_channels
 
 __all__ = [
     "ChannelDisentanglement",
     "ChannelSplit",
+    "ChannelVisualization",
     "ConceptHeatmaps",
     "ConceptQuality",
     "PolysemanticChannel",
@@ -32,4 +34,5 @@ __all__ = [
     "evaluate_splits",
     "find_polysemantic_channels",
     "load_from_checkpoint",
+    "visualize_channels",
 ]

@@ -46,11 +46,14 @@ class Outputs:
         """Choose and judge the plan, write everything, show the table."""
         plan = report.plan
         report.judge()
-        if self._is_asked_for:  # counting takes time, and somebody will see it
-            _ = report.sweeps
-        self._save(report, "report.json")  # once more, with the splits' quality
+        if self._is_asked_for:  # these take time, and somebody will see them
+            _ = report.sweeps, report.cards, report.overviews
+        self._save(report, "report.json")  # once more, with all that
         if plan is not None:
             self._save(plan, "split_plan.json")
+        if self._folder is not None:
+            with _writing("`report.html`", f"`{self._folder}`"):
+                report.to_html(self._folder / f"{self._prefix}report.html")
         log_results(self._trainer.loggers, report, step)
         show_report(report)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from zennit.canonizers import Canonizer, NamedMergeBatchNorm
+from zennit.canonizers import AttributeCanonizer, Canonizer, NamedMergeBatchNorm
 from zennit.composites import COMPOSITES
 from zennit.core import BasicHook, Composite, collect_leaves
 from zennit.rules import Norm
@@ -111,6 +111,8 @@ class SplitAwareComposite(Composite):  # type: ignore[misc]
         canonizers: Further canonizers.
     """
 
+    canonizers: list[Canonizer]
+
     def __init__(self, composite: Composite, canonizers: Sequence[Canonizer]) -> None:
         self._inner = composite
         self._left_out: set[nn.Module] = set()
@@ -119,8 +121,12 @@ class SplitAwareComposite(Composite):  # type: ignore[misc]
         super().__init__(self._rule_of, [*canonizers, *own, *composite.canonizers])
 
     def leave_out(self, modules: set[nn.Module]) -> None:
-        """Give these modules no rule, as no relevance will come by."""
+        """Give these modules no rule and no other forward pass, as no relevance will come by."""
         self._left_out = modules
+        self.canonizers = [
+            _outside_of(modules, canonizer) if isinstance(canonizer, AttributeCanonizer) else canonizer
+            for canonizer in self.canonizers
+        ]
 
     def forget(self) -> None:
         """Let the tensors of the last pass go and stay registered."""
@@ -146,6 +152,11 @@ class SplitAwareComposite(Composite):  # type: ignore[misc]
 
         context[module.expand] = of_expand
         return None
+
+
+def _outside_of(modules: set[nn.Module], canonizer: AttributeCanonizer) -> AttributeCanonizer:
+    """The same canonizer for all other modules: sums of stacked tensors, as in residual blocks, take time."""
+    return AttributeCanonizer(lambda name, module: None if module in modules else canonizer.attribute_map(name, module))
 
 
 class SplitMergeBatchNorm(Canonizer):  # type: ignore[misc]

@@ -59,7 +59,7 @@ def decide_by_composite(folder: Path) -> None:
         strict=True,
     )
     trainer = make_trainer(folder, callback)
-    trainer.validate(module, loader(batch_size=8), verbose=False)
+    trainer.validate(module, loader(batch_size=8, n=40), verbose=False)
     callback.report.save(folder / f"composite_report_{trainer.global_rank}.json")
     callback.plan.save(folder / f"composite_plan_{trainer.global_rank}.json")
 

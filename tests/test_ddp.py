@@ -127,14 +127,14 @@ def test_a_composite_decides_in_two_processes_as_in_one(runs):
         {(pair.channel, pair.class_a, pair.class_b): pair.cosine_similarity for pair in report.pairs}
         for report in (
             reports[0],
-            find_polysemantic_channels(net, make_batches(), "2", attribution="epsilon_plus_flat", **SETTINGS),
-            find_polysemantic_channels(net, make_batches(), "2", **SETTINGS),
+            find_polysemantic_channels(net, make_batches(n=40), "2", attribution="epsilon_plus_flat", **SETTINGS),
+            find_polysemantic_channels(net, make_batches(n=40), "2", **SETTINGS),
         )
     )
     assert found == pytest.approx(composite, abs=1e-6)
     assert found.keys() != plain.keys()
     assert len(found) > 2
-    assert reports[0].n_images == 48
+    assert reports[0].n_images == 40
 
 
 def test_a_process_without_a_usable_batch_takes_part(tmp_path):

@@ -147,6 +147,11 @@ def test_the_same_seed_gives_the_same_images(net, quick):
     assert not torch.equal(other.original, quick.original)
 
 
+def test_a_device_can_be_named(net, quick):
+    (shown,) = visualize_channels(net, PLAN, **QUICK, device="cpu")
+    assert equal(shown, quick)
+
+
 def test_other_splits_make_no_difference(net, quick):
     plan = SplitPlan([split_of(1), ChannelSplit("4", 3, [[0], [1]], halves(12)), split_of(4), split_of(7)])
     shown = visualize_channels(net, plan, **QUICK)

@@ -7,6 +7,7 @@ from lightning_polydis.figures.heatmap import heatmap_figure
 from lightning_polydis.figures.overview import class_similarity_figure, relevance_figure, similarity_figure
 from lightning_polydis.figures.split import split_figure
 from lightning_polydis.figures.sweep import sweep_figure
+from lightning_polydis.figures.visualization import visualization_figure
 
 __all__ = [
     "CONCEPT_COLOURS",
@@ -20,4 +21,5 @@ __all__ = [
     "similarity_figure",
     "split_figure",
     "sweep_figure",
+    "visualization_figure",
 ]
