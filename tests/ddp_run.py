@@ -60,6 +60,7 @@ def decide_by_composite(folder: Path) -> None:
     )
     trainer = make_trainer(folder, callback)
     trainer.validate(module, loader(batch_size=8, n=40), verbose=False)
+    _ = callback.report.cards, callback.report.overviews
     callback.report.save(folder / f"composite_report_{trainer.global_rank}.json")
     callback.plan.save(folder / f"composite_plan_{trainer.global_rank}.json")
 

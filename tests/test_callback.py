@@ -311,9 +311,10 @@ def test_files_are_in_the_loggers_directory(module, loop, tmp_path):
 
 def test_files_go_to_dirpath_if_given_and_nowhere_without_logger(module, tmp_path):
     make_trainer(tmp_path / "root", callback_for(dirpath=tmp_path / "mine")).validate(module, loader(), verbose=False)
-    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["report.json", "split_plan.json"]
+    names = sorted(path.name for path in (tmp_path / "mine").iterdir())
+    assert names == ["report.html", "report.json", "split_plan.json"]
     make_trainer(tmp_path / "root", callback_for()).validate(module, loader(), verbose=False)
-    assert not (tmp_path / "root").exists() or not list((tmp_path / "root").rglob("*.json"))
+    assert not [*(tmp_path / "root").rglob("*.json"), *(tmp_path / "root").rglob("*.html")]
 
 
 def test_an_unwritable_directory_is_a_warning(module, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_polydis import PolysemanticityReport, SplitPlan, find_polysemantic_channels
+from lightning_polydis.cards import CardImage
 from tests.ddp_run import shared_classes
 from tests.networks import Classifier, conv_relu_net, make_batches, train_briefly
 
@@ -135,6 +136,24 @@ def test_a_composite_decides_in_two_processes_as_in_one(runs):
     assert found.keys() != plain.keys()
     assert len(found) > 2
     assert reports[0].n_images == 40
+
+
+def test_cards_hold_the_images_of_both_processes(runs):
+    folder, _ = runs("validate")
+    reports = [PolysemanticityReport.load(folder / f"composite_report_{rank}.json") for rank in (0, 1)]
+    torch.manual_seed(0)
+    net, settings = train_briefly(conv_relu_net()), {**SETTINGS, "attribution": "epsilon_plus_flat"}
+    alone = find_polysemantic_channels(net, make_batches(n=40), "2", **settings)
+    assert len(alone.cards) > 1
+    for report in reports:
+        assert report.overviews[0].n_candidate_pairs == alone.overviews[0].n_candidate_pairs
+        for found, expected in zip(report.cards, alone.cards, strict=True):
+            assert (found.channel, found.concepts) == (expected.channel, expected.concepts)
+            original, other = found.rows[0].images, expected.rows[0].images
+            assert [image.target for image in original] == [image.target for image in other]
+            assert [image.activation for image in original] == pytest.approx([image.activation for image in other])
+            for one, two in zip(original, other, strict=True):  # both have been, or will be, a JPEG
+                assert (one.pixels.float() - CardImage.from_json(two.to_json()).pixels.float()).abs().mean() < 2
 
 
 def test_a_process_without_a_usable_batch_takes_part(tmp_path):

@@ -1,0 +1,82 @@
+"""What a run leaves behind: history, cards and the page, also after it was interrupted."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lightning_polydis import ChannelDisentanglement, PolysemanticityReport
+from tests.networks import BottleneckNet, Classifier, loader, train_briefly
+
+LAYER = "net.blocks.1.conv3"
+SETTINGS = {"relevance_threshold": 0.001, "class_fraction": 0.1, "similarity_threshold": 0.9}
+
+
+def trained(tmp_path, epochs, **kwargs):
+    """A callback after so many epochs, and the trainer."""
+    torch.manual_seed(0)
+    callback = ChannelDisentanglement(LAYER, dirpath=tmp_path / "out", **SETTINGS)
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        callbacks=[callback],
+        default_root_dir=tmp_path,
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(Classifier(BottleneckNet()), loader(), loader(seed=1), **kwargs)
+    return callback, trainer
+
+
+def test_each_analysed_epoch_is_remembered(tmp_path):
+    callback, _ = trained(tmp_path, 3)
+    history = callback.report.history
+    assert [(entry.epoch, entry.layer) for entry in history] == [(0, LAYER), (1, LAYER), (2, LAYER)]
+    assert [entry.step for entry in history] == sorted({entry.step for entry in history})
+    last, summary = history[-1], callback.report.layers[0]
+    assert (last.n_polysemantic, last.mean_cosine) == (summary.n_polysemantic, summary.mean_cosine)
+    assert last.channels == {found.channel: found.cosine_similarity for found in callback.report.channels}
+
+
+def test_a_resumed_run_goes_on_with_the_history(tmp_path):
+    _, trainer = trained(tmp_path, 2)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    callback, _ = trained(tmp_path, 4, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert [entry.epoch for entry in callback.report.history] == [0, 1, 2, 3]
+
+
+def test_another_run_starts_another_history(tmp_path):
+    callback, trainer = trained(tmp_path, 2)
+    trainer.validate(trainer.lightning_module, loader(seed=1), verbose=False)
+    assert len(callback.report.history) == 1
+
+
+def test_files_hold_cards_overviews_and_history(tmp_path):
+    callback, _ = trained(tmp_path, 2)
+    loaded = PolysemanticityReport.load(tmp_path / "out" / "report.json")
+    assert [card.channel for card in loaded.cards] == [card.channel for card in callback.report.cards]
+    assert loaded.cards[0].rows[0].images
+    assert loaded.overviews == callback.report.overviews
+    assert loaded.history == callback.report.history
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"Channel {loaded.cards[0].channel}" in page
+
+
+def test_without_logger_and_folder_nothing_of_this_is_worked_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_polydis.report.build_card", lambda *_: pytest.fail("nobody asked for cards"))
+    callback = ChannelDisentanglement(LAYER, **SETTINGS)
+    trainer = pl.Trainer(
+        callbacks=[callback], logger=False, accelerator="cpu", enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    trainer.validate(Classifier(train_briefly(BottleneckNet())), loader(), verbose=False)
+    assert callback.report.channels
+
+
+def test_a_page_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="`report.html` could not be written to"):
+        callback, _ = trained(tmp_path, 1)
+    assert (tmp_path / "out" / "split_plan.json").exists()
+    assert callback.report is not None
