@@ -125,7 +125,7 @@ def main(epochs: int = 15, output_dir: str | Path = "demo_logs") -> Outcome:
     images, targets = test.tensors
 
     module, trained = DigitClassifier(), LogitsBeforeSplit(images)
-    disentanglement = ChannelDisentanglement(LAYER, split=True)
+    disentanglement = ChannelDisentanglement(LAYER, split=True, class_names=[f"digit {digit}" for digit in range(10)])
     logger = TensorBoardLogger(output_dir, name="digits")
     console.print(f"Training on {len(train)} images for {epochs} epochs ...")
     with lightning_kept_quiet():
@@ -159,6 +159,7 @@ def main(epochs: int = 15, output_dir: str | Path = "demo_logs") -> Outcome:
         draw(module, most_telling(disentanglement.plan.splits, qualities), images, targets, outcome.picture)
     else:
         console.print("No channel was found to be polysemantic, so none was split: train for more epochs.")
+    console.print(f"Report:           {outcome.log_dir}/report.html", soft_wrap=True)
     console.print(f"Report and plan:  {outcome.log_dir}/report.json, split_plan.json", soft_wrap=True)
     if outcome.picture is not None:
         console.print(f"Picture:          {outcome.picture}", soft_wrap=True)
