@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_polydis._trainer import averaged_twins
-from lightning_polydis.loggers import log_report, log_results, show_report
+from lightning_polydis.loggers import log_embeddings, log_report, log_results, show_report
 from lightning_polydis.surgery import disentangle, split_checked
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ class Outputs:
         trainer: Gives the loggers and, unless ``dirpath`` is given, the directory.
         dirpath: Where the files go.
         prefix: What their names begin with.
+        embeddings: Whether relevance vectors go to TensorBoard's projector.
     """
 
-    def __init__(self, trainer: pl.Trainer, dirpath: str | Path | None, prefix: str) -> None:
-        self._trainer, self._prefix = trainer, prefix
+    def __init__(self, trainer: pl.Trainer, dirpath: str | Path | None, prefix: str, embeddings: bool) -> None:
+        self._trainer, self._prefix, self._embeddings = trainer, prefix, embeddings
         folder = dirpath if dirpath is not None or not trainer.loggers else trainer.log_dir  # the same on all ranks
         is_ours = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
         self._folder = Path(folder) if folder is not None and is_ours else None
@@ -55,6 +56,8 @@ class Outputs:
             with _writing("`report.html`", f"`{self._folder}`"):
                 report.to_html(self._folder / f"{self._prefix}report.html")
         log_results(self._trainer.loggers, report, step)
+        if self._embeddings:
+            log_embeddings(self._trainer.loggers, report, step)
         show_report(report)
 
     def _save(self, result: PolysemanticityReport | SplitPlan, name: str) -> None:

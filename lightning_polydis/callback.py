@@ -85,6 +85,7 @@ class ChannelDisentanglement(Callback):
             mean and standard deviation of each colour. `None`: those of the data set's transforms, if it has such.
         dirpath: Where ``report.json``, ``report.html`` and ``split_plan.json`` go. `None`: the logger's directory (no
             logger: nowhere). With several of these callbacks in a trainer their names begin with the layers'.
+        embeddings: Write the relevance vectors of flagged channels into TensorBoard's projector when the run ends.
         dataloader: Which of several validation loaders is analysed, by place or, where they come as a dictionary, by
             key; `None`: all of them.
 
@@ -124,6 +125,7 @@ class ChannelDisentanglement(Callback):
         logits_fn: Callable[[Any], Any] | None = None,
         denormalize: Any = None,
         dirpath: str | Path | None = None,
+        embeddings: bool = False,
         dataloader: int | str | None = None,
     ) -> None:
         super().__init__()
@@ -157,6 +159,7 @@ class ChannelDisentanglement(Callback):
         self.every_n_epochs = every_n_epochs
         self.strict = strict
         self.dirpath = dirpath
+        self.embeddings = embeddings
         self.dataloader = dataloader
         self._report: PolysemanticityReport | None = None
         self._applied: SplitPlan | None = None
@@ -357,7 +360,8 @@ class ChannelDisentanglement(Callback):
     def _outputs(self, trainer: pl.Trainer) -> Outputs:
         names = self._chosen or []
         prefix = "+".join(names) if len(names) < 4 else f"{names[0]}+{len(names) - 1}"  # file names are not endless
-        return Outputs(trainer, self.dirpath, f"{prefix}." if len(_instances(trainer)) > 1 else "")
+        prefix = f"{prefix}." if len(_instances(trainer)) > 1 else ""
+        return Outputs(trainer, self.dirpath, prefix, self.embeddings)
 
     on_test_epoch_end = on_validation_epoch_end
 

@@ -231,3 +231,26 @@ def _fractions(evidence: LayerEvidence, channels: Sequence[int], classes: Sequen
     counts = statistics.counts[0][list(classes)][:, list(channels)].double()
     fractions: list[list[float]] = (counts / statistics.n_images[list(classes)].clamp(min=1)[:, None]).T.tolist()
     return [[round(value, 4) for value in row] for row in fractions]
+
+
+class RelevanceTable(NamedTuple):
+    """Relevance vectors of a layer.
+
+    Attributes:
+        vectors: ``[n, I]``, ``float32``.
+        rows: Channel, class and number of the class's concept in the channel, for each of them.
+    """
+
+    vectors: Tensor
+    rows: list[tuple[int, int, int]]
+
+
+def relevance_table(evidence: LayerEvidence, channels: Sequence[PolysemanticChannel]) -> RelevanceTable:
+    """The vectors that some channels have for the classes of their concepts."""
+    vectors = [torch.empty(0, evidence.layer.weight.shape[1])]
+    rows: list[tuple[int, int, int]] = []
+    for found in channels:
+        own = [(found.channel, label, place) for place, concept in enumerate(found.concepts) for label in concept]
+        vectors.append(evidence.mean_vectors(found.channel, [label for _, label, _ in own]).float())
+        rows += own
+    return RelevanceTable(torch.cat(vectors), rows)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from rich.console import Console
 
@@ -83,6 +84,29 @@ def log_results(loggers: Iterable[Logger], report: PolysemanticityReport, step: 
             logger.log_metrics(scalars, step)
         if logger in takers:
             _write(logger, items, step)
+
+
+@rank_zero_only
+def log_embeddings(loggers: Iterable[Logger], report: PolysemanticityReport, step: int) -> None:
+    """Write the relevance vectors of flagged channels into TensorBoard's projector.
+
+    Args:
+        loggers: The loggers of a run; others than TensorBoard's are passed over.
+        report: The report, not one from a file.
+        step: Global step of the analysis.
+    """
+    header = ["channel and class", "channel", "class", "concept"]
+    for layer in report.layers:
+        table = report.relevance_vectors(layer.name)
+        rows = [
+            [f"{channel}: {report.label(label)}", channel, report.label(label), concept + 1]
+            for channel, label, concept in table.rows
+        ]
+        for logger in loggers if len(rows) > 1 else ():
+            if isinstance(logger, TensorBoardLogger):
+                with _writing(logger):
+                    tag = _tag(layer.name, "relevance_vectors")
+                    logger.experiment.add_embedding(table.vectors, rows, None, step, tag, header)
 
 
 def final_scalars(report: PolysemanticityReport) -> dict[str, float]:

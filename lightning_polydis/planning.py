@@ -90,6 +90,10 @@ class LayerEvidence:
             return plain_similarities(self._averaged(channel, classes))
         return grouped_similarities(*self.vectors.groups(channel, classes))
 
+    def mean_vectors(self, channel: int, classes: Sequence[int]) -> Tensor:
+        """The relevance vectors that a channel has for some classes, ``[T, I]``, ``float64``."""
+        return self._averaged(channel, classes) if self.vectors is None else self.vectors.means(channel, classes)
+
     def _averaged(self, channel: int, classes: Sequence[int]) -> Tensor:
         sums = self.statistics.mean_window_sums
         assert sums is not None  # kept with this method

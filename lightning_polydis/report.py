@@ -10,14 +10,15 @@ import torch
 
 from lightning_polydis._checks import InputError
 from lightning_polydis._files import parse, read_json, write_json
-from lightning_polydis.card_builder import build_card, build_overview
+from lightning_polydis.card_builder import RelevanceTable, build_card, build_overview, relevance_table
 from lightning_polydis.cards import ChannelCard, EpochEntry, LayerOverview
-from lightning_polydis.detection import LayerDetection, PolysemanticChannel, PolysemanticPair
+from lightning_polydis.detection import PolysemanticChannel, PolysemanticPair
 from lightning_polydis.evaluation import SplitQuality
 from lightning_polydis.layers import find_layer
 from lightning_polydis.plan import SplitPlan
 from lightning_polydis.planning import LayerEvidence, judge_splits, plan_splits
 from lightning_polydis.report_tables import console_table, markdown_table
+from lightning_polydis.summary import LayerSummary
 from lightning_polydis.sweep import LayerSweep, SuggestedSettings, suggest_settings, sweep_layer
 
 if TYPE_CHECKING:
@@ -32,53 +33,6 @@ MAX_CARDS = 20
 
 SCALARS = ("n_polysemantic", "n_pairs", "n_candidates", "mean_cosine", "min_cosine")
 """Figures of a layer that are logged as scalars."""
-
-
-@dataclass(frozen=True)
-class LayerSummary:
-    """One layer in figures.
-
-    Attributes:
-        name: Name of the layer.
-        n_channels: Output channels.
-        n_inputs: Input channels that each of them reads.
-        n_candidates: Channels that are relevant for at least two classes.
-        n_candidate_pairs: Pairs of classes that a channel is relevant for, over all channels.
-        n_polysemantic: Channels flagged.
-        n_pairs: Pairs flagged.
-        mean_cosine: Mean cosine similarity of the candidate pairs; 1 if there are none.
-        min_cosine: Lowest of them; 1 if there are none.
-        max_cosine: Highest of them; 1 if there are none.
-    """
-
-    name: str
-    n_channels: int
-    n_inputs: int
-    n_candidates: int
-    n_candidate_pairs: int
-    n_polysemantic: int
-    n_pairs: int
-    mean_cosine: float
-    min_cosine: float
-    max_cosine: float
-
-    @staticmethod
-    def of(detection: LayerDetection, n_channels: int, n_inputs: int) -> LayerSummary:
-        """The figures of what was found in a layer of so many channels and inputs."""
-        values = detection.similarities
-        lowest, mean, highest = (values.min(), values.mean(), values.max()) if len(values) else (1, 1, 1)
-        return LayerSummary(
-            detection.layer,
-            n_channels,
-            n_inputs,
-            detection.n_candidates,
-            len(values),
-            len(detection.channels),
-            len(detection.pairs),
-            float(mean),
-            float(lowest),
-            float(highest),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +158,17 @@ class PolysemanticityReport:
             )
             for name, evidence in self._evidence.items()
         ]
+
+    def relevance_vectors(self, layer: str) -> RelevanceTable:
+        """The relevance vectors of a layer's flagged channels, one for each class that a channel is relevant for.
+
+        Raises:
+            ValueError: If the layer was not analysed, or the report comes from a file, which holds no vectors.
+        """
+        if self._evidence is None or layer not in self._evidence:
+            known = ", ".join(self._evidence or {}) or "none, as this report was loaded from a file"
+            raise InputError(f"Expected a layer whose vectors are known ({known}), but got {layer!r}.")
+        return relevance_table(self._evidence[layer], [found for found in self.channels if found.layer == layer])
 
     def suggest_settings(self) -> SuggestedSettings:
         """Settings that suit these layers and data, and why, from the `sweeps`."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_polydis.thumbnails import as_large_as
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -337,7 +339,7 @@ class CalibrationSamples(Metric):
         self.targets.append(targets.cpu())
         self.relevant.append(relevant.cpu())
         small = torch.empty(len(targets), 3, 0, 0, dtype=torch.uint8) if thumbnails is None else thumbnails
-        self.thumbnails.append(_as_large_as(self.thumbnails[0], small) if self.thumbnails else small)
+        self.thumbnails.append(as_large_as(self.thumbnails[0], small) if self.thumbnails else small)
 
     def join(self) -> None:
         """Make one piece of all samples, before the processes exchange theirs. The last thing before ``compute``."""
@@ -356,7 +358,7 @@ class CalibrationSamples(Metric):
         if not pieces:
             return None
         inputs, targets, relevant, small = map(list, zip(*pieces, strict=True))
-        shown = torch.cat([_as_large_as(small[0], piece) for piece in small])
+        shown = torch.cat([as_large_as(small[0], piece) for piece in small])
         thumbnails = shown if shown.numel() else None
         samples = Samples(_joined(inputs), torch.cat(targets), torch.cat(relevant), thumbnails=thumbnails)
         if self.per_class is None:
@@ -380,16 +382,6 @@ def _joined(pieces: list[Tensor]) -> Tensor:
         whole[end - len(piece) : end] = piece
         end -= len(piece)
     return whole
-
-
-def _as_large_as(wanted: Tensor, thumbnails: Tensor) -> Tensor:
-    """Thumbnails of the size of others."""
-    size = wanted.shape[2:]
-    if thumbnails.shape[2:] == size:
-        return thumbnails
-    if not thumbnails.numel() or not size.numel():  # some with, some without: then none at all
-        return thumbnails.new_zeros(len(thumbnails), 3, *size)
-    return torch.nn.functional.interpolate(thumbnails.float(), size, mode="bilinear").round().to(torch.uint8)
 
 
 def _ranks(targets: Tensor) -> list[int]:

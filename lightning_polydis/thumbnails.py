@@ -91,6 +91,16 @@ def _own(images: Tensor, denormalize: Callable[[Tensor], Tensor]) -> Tensor:
     return found.float()
 
 
+def as_large_as(wanted: Tensor, thumbnails: Tensor) -> Tensor:
+    """Thumbnails of the size of others."""
+    size = wanted.shape[2:]
+    if thumbnails.shape[2:] == size:
+        return thumbnails
+    if not thumbnails.numel() or not size.numel():  # some with, some without: then none at all
+        return thumbnails.new_zeros(len(thumbnails), 3, *size)
+    return F.interpolate(thumbnails.float(), size, mode="bilinear").round().to(torch.uint8)
+
+
 def check_denormalize(value: Any) -> None:
     """Raise `ValueError` unless ``value`` can be used as an argument ``denormalize``."""
     if value is None or callable(value):

@@ -1,5 +1,7 @@
 """What a run leaves behind: history, cards and the page, also after it was interrupted."""
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -80,3 +82,33 @@ def test_a_page_that_cannot_be_written_is_a_warning(tmp_path):
         callback, _ = trained(tmp_path, 1)
     assert (tmp_path / "out" / "split_plan.json").exists()
     assert callback.report is not None
+
+
+@pytest.mark.parametrize("method", ["optimized", "paper"])
+def test_relevance_vectors_go_to_the_projector(method, tmp_path):
+    torch.manual_seed(0)
+    net = train_briefly(BottleneckNet())
+    callback = ChannelDisentanglement(LAYER, embeddings=True, method=method, **SETTINGS)
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    trainer = pl.Trainer(callbacks=[callback], logger=logger, accelerator="cpu", enable_progress_bar=False)
+    trainer.validate(Classifier(net), loader(), verbose=False)
+    folder = next(Path(logger.log_dir).rglob("tensors.tsv")).parent
+    vectors = [list(map(float, line.split("\t"))) for line in (folder / "tensors.tsv").read_text().splitlines()]
+    header, *rows = [line.split("\t") for line in (folder / "metadata.tsv").read_text().splitlines()]
+    assert header == ["channel and class", "channel", "class", "concept"]
+    table = callback.report.relevance_vectors(LAYER)
+    assert len(vectors) == len(rows) == sum(len(found.classes) for found in callback.report.channels) > 2
+    assert torch.tensor(vectors).allclose(table.vectors, rtol=1e-4, atol=1e-6)
+    first = callback.report.channels[0]
+    assert rows[0] == [f"{first.channel}: {first.concepts[0][0]}", str(first.channel), str(first.concepts[0][0]), "1"]
+    similarity = torch.nn.functional.cosine_similarity(*table.vectors[: len(first.classes)][[0, -1]], dim=0)
+    assert float(similarity) >= first.cosine_similarity - 1e-4
+
+
+def test_vectors_of_a_file_or_an_unknown_layer(tmp_path):
+    callback, _ = trained(tmp_path, 1)
+    with pytest.raises(ValueError, match=f"whose vectors are known .{LAYER}., but got 'net.fc'"):
+        callback.report.relevance_vectors("net.fc")
+    loaded = PolysemanticityReport.load(tmp_path / "out" / "report.json")
+    with pytest.raises(ValueError, match="none, as this report was loaded from a file"):
+        loaded.relevance_vectors(LAYER)
