@@ -27,9 +27,10 @@ from lightning_polydis.layers import (
     window_sums,
 )
 from lightning_polydis.planning import LayerEvidence
-from lightning_polydis.report import LayerSummary, PolysemanticityReport
+from lightning_polydis.report import PolysemanticityReport
 from lightning_polydis.settings import MEBIBYTE
 from lightning_polydis.statistics import CalibrationSamples, ChannelStatistics, cpu_group, relevant_channels
+from lightning_polydis.summary import LayerSummary
 from lightning_polydis.thumbnails import images_of, thumbnail_side, thumbnails
 from lightning_polydis.vectors import RelevanceVectors
 

@@ -91,7 +91,7 @@ def to_html(report: PolysemanticityReport) -> str:
 
     Example:
         >>> from lightning_polydis import PolysemanticityReport
-        >>> from lightning_polydis.report import LayerSummary
+        >>> from lightning_polydis.summary import LayerSummary
         >>> layer = LayerSummary("<conv>", 8, 4, 0, 0, 0, 0, 1.0, 1.0, 1.0)
         >>> page = to_html(PolysemanticityReport([layer], [], [], {}, n_images=100))
         >>> page.count("&lt;conv&gt;") > 0, "<conv>" in page

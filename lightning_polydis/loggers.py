@@ -115,7 +115,7 @@ def final_scalars(report: PolysemanticityReport) -> dict[str, float]:
     The number of polysemantic channels and, where splits were judged, the means of their distortion, leak and AUROC.
 
     Example:
-        >>> from lightning_polydis.report import LayerSummary
+        >>> from lightning_polydis.summary import LayerSummary
         >>> from lightning_polydis import PolysemanticityReport
         >>> layer = LayerSummary("conv", 8, 4, 3, 5, 2, 2, 0.7, 0.1, 0.9)
         >>> final_scalars(PolysemanticityReport([layer], [], [], {}, n_images=10))

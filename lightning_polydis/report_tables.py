@@ -10,7 +10,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lightning_polydis.report import LayerSummary, PolysemanticityReport
+    from lightning_polydis.report import PolysemanticityReport
+    from lightning_polydis.summary import LayerSummary
 
 
 def markdown_table(report: PolysemanticityReport, max_rows: int | None) -> str:

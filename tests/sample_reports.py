@@ -13,7 +13,7 @@ from lightning_polydis.cards import (
     NearMiss,
     SourceShare,
 )
-from lightning_polydis.report import LayerSummary
+from lightning_polydis.summary import LayerSummary
 from lightning_polydis.sweep import LayerSweep
 
 MAX_CARDS = 20

@@ -19,7 +19,7 @@ from lightning_polydis import PolysemanticityReport, html_figures
 from lightning_polydis.cards import CardImage
 from lightning_polydis.html import TEMPLATES, to_html
 from lightning_polydis.html_cards import DARK, MAX_CLASSES, chip_of, luminance_of
-from lightning_polydis.report import LayerSummary
+from lightning_polydis.summary import LayerSummary
 from tests.sample_reports import sample_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
