@@ -30,6 +30,9 @@ CARD_CELL, CARD_DENSITY_WIDTH, SIDE_WIDTH, SIDE_GAP, CAPTION_SIZE = 0.86, 2.1, 2
 MIN_LEAD, LEAD_GAP = 0.9, 0.25
 MARGIN, TITLE_HEIGHT, HEADER_HEIGHT, FOOTER_HEIGHT = 0.25, 0.42, 0.33, 0.5
 
+PIXEL_ART = 16
+"""Longest side, in pixels, of images whose pixels are shown as squares."""
+
 CHARACTERS_PER_INCH = 105
 """Of text of size 1, at a cautious estimate."""
 
@@ -113,6 +116,11 @@ def density_of(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
     mirrored = np.concatenate([values, -values])
     density: np.ndarray = np.exp(-0.5 * ((grid[:, None] - mirrored) / width) ** 2).sum(1)
     return density / max(float(density.max()), np.finfo(float).tiny)
+
+
+def _interpolation(pixels: np.ndarray) -> str:
+    """Whether pixels are shown as such: in the tiny images of a toy data set they are what there is to see."""
+    return "nearest" if max(pixels.shape[:2]) <= PIXEL_ART else "bilinear"
 
 
 class Canvas:
@@ -200,7 +208,7 @@ class Canvas:
 
     def _picture(self, place: tuple[float, float, float, float], name: str, pixels: np.ndarray, colour: str) -> None:
         axes = self._axes(*place, name)
-        axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation=_interpolation(pixels))
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(color=colour, linewidth=3)
@@ -299,7 +307,7 @@ class Grid:
         bottom = self._height - self._top - row * (height + CELL_GAP) - height
         place = (left / self._width, bottom / self._height, width / self._width, height / self._height)
         axes = self._figure.add_axes(place, label=f"row {row}, image {column}")
-        axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation=_interpolation(pixels))
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(visible=colour is not None, color=colour or "none", linewidth=2)
