@@ -13,9 +13,12 @@ from torch import nn
 from torchvision.datasets import ImageFolder
 from torchvision.models import squeezenet1_1
 from torchvision.transforms import v2
+from zennit.composites import EpsilonPlus
 
 from lightning_polydis import SplitPlan, disentangle, evaluate_splits, find_polysemantic_channels
 from lightning_polydis.collection import RelevanceCollector
+from lightning_polydis.heatmaps import concept_relevances
+from lightning_polydis.lrp import with_split_rules
 from lightning_polydis.surgery import split_checked
 
 LAYERS = ["features.12.expand1x1", "features.12.expand3x3"]
@@ -156,3 +159,29 @@ def test_calibrated_flags_are_pairs_that_can_be_told_apart(net, root):
     order = np.random.default_rng(0).permutation(len(everything.pairs))[:30]
     at_random = separation([everything.pairs[place] for place in order])
     assert separation(flagged.pairs[:: max(1, len(flagged.pairs) // 30)]) > at_random + 0.1
+
+
+def test_relevance_is_on_the_right_concept_and_heat_maps_stay(net, root):
+    """Held-out photographs: most have most relevance on their own concept; z+ maps are those of the unsplit network."""
+    place = {"relevance_threshold": 0.01, "class_fraction": 0.5, "progress": False}
+    report = find_polysemantic_channels(net, photographs(root, "train", 15), LAYERS[0], **place)
+    plan = SplitPlan([split for split in report.plan if len(split.concepts) == 2][:8])
+    images, targets = (torch.cat(parts) for parts in zip(*photographs(root, "val", 5), strict=True))
+    found = concept_relevances(net, plan, images, targets, attribution="gradient_x_input")
+    right = []
+    for split, parts in zip(plan, found, strict=True):
+        for index, concept in enumerate(split.concepts):
+            own = torch.isin(targets, torch.tensor(concept)) & (parts.sum(1) > 0)
+            right += (parts[own][:, :-1].argmax(1) == index).tolist()
+    assert len(right) > 50
+    assert np.mean(right) > 0.8
+    few, wanted = images[::25], targets[::25]
+    before, after = (_heat_map(model, few, wanted) for model in (net, disentangle(net, plan)))
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+
+
+def _heat_map(model, images, targets):
+    model, images = copy.deepcopy(model).requires_grad_(False), images.clone().requires_grad_()
+    with with_split_rules(EpsilonPlus()).context(model):
+        (found,) = torch.autograd.grad(model(images).gather(1, targets[:, None]).sum(), images)
+    return found
