@@ -85,7 +85,7 @@ class AnalysedEpoch:
             if len(plan):
                 self._analysis = SplitAnalysis(module, plan, settings)
             else:
-                normalisation = normalisation_of(evaluated_loaders(trainer))
+                normalisation = normalisation_of(evaluated_loaders(trainer), self._loader or 0)
                 self._analysis = ChannelAnalysis(module, settings, weights_note(trainer), normalisation)
 
     def _guarded(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,49 +30,59 @@ class Outputs:
         dirpath: Where the files go.
         prefix: What their names begin with.
         embeddings: Whether relevance vectors go to TensorBoard's projector.
+        strict: Whether failures of our own raise; else they are warnings, and what comes after is written all the same.
     """
 
-    def __init__(self, trainer: pl.Trainer, dirpath: str | Path | None, prefix: str, embeddings: bool) -> None:
-        self._trainer, self._prefix, self._embeddings = trainer, prefix, embeddings
+    def __init__(
+        self, trainer: pl.Trainer, dirpath: str | Path | None, prefix: str, *, embeddings: bool, strict: bool
+    ) -> None:
+        self._trainer, self._prefix, self._embeddings, self._strict = trainer, prefix, embeddings, strict
         folder = dirpath if dirpath is not None or not trainer.loggers else trainer.log_dir  # the same on all ranks
         is_ours = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
         self._folder = Path(folder) if folder is not None and is_ours else None
-        self._is_asked_for = bool(trainer.loggers) or dirpath is not None
+        self._is_asked_for = trainer.is_global_zero and (bool(trainer.loggers) or dirpath is not None)
 
     def after_epoch(self, report: PolysemanticityReport, step: int) -> None:
         """Write the report of an epoch that was analysed at a global step."""
         self._save(report, "report.json")
-        log_report(self._trainer.loggers, report, step)
+        with self._writing("The report", "the loggers"):
+            log_report(self._trainer.loggers, report, step)
 
     def after_run(self, report: PolysemanticityReport, step: int) -> None:
         """Choose and judge the plan, write everything, show the table."""
         plan = report.plan
         report.judge()
         if self._is_asked_for:  # these take time, and somebody will see them
-            _ = report.sweeps, report.cards, report.overviews
+            with self._writing("Sweep, cards and overviews", "the report"):
+                _ = report.sweeps, report.cards, report.overviews
         self._save(report, "report.json")  # once more, with all that
         if plan is not None:
             self._save(plan, "split_plan.json")
         if self._folder is not None:
-            with _writing("`report.html`", f"`{self._folder}`"):
+            with self._writing("`report.html`", f"`{self._folder}`"):
                 report.to_html(self._folder / f"{self._prefix}report.html")
-        log_results(self._trainer.loggers, report, step)
-        if self._embeddings:
-            log_embeddings(self._trainer.loggers, report, step)
-        show_report(report)
+        with self._writing("The results", "the loggers"):
+            log_results(self._trainer.loggers, report, step)
+            if self._embeddings:
+                log_embeddings(self._trainer.loggers, report, step)
+        with self._writing("The table", "the console"):
+            show_report(report)
 
     def _save(self, result: PolysemanticityReport | SplitPlan, name: str) -> None:
         if self._folder is not None:
-            with _writing(f"`{name}`", f"`{self._folder}`"):
+            with self._writing(f"`{name}`", f"`{self._folder}`"):
                 result.save(self._folder / f"{self._prefix}{name}")
 
-
-@contextmanager
-def _writing(what: str, where: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        rank_zero_warn(f"{what} could not be written to {where}: {error}.")
+    @contextmanager
+    def _writing(self, what: str, where: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            rank_zero_warn(f"{what} could not be written to {where}: {error}.")
+        except Exception:
+            if self._strict:
+                raise
+            rank_zero_warn(f"{what} could not be written to {where}:\n{traceback.format_exc()}")
 
 
 def split_trained(

@@ -148,6 +148,7 @@ class ChannelAnalysis:
         assert isinstance(self._observer, RelevanceCollector)
         with full_precision():
             self._add(self._observer.finish(), self._observer)
+        self._images = None
 
     def _choose_layer(self, discovery: LayerDiscovery) -> None:
         """Settle on a layer after the first pass, and make that pass again to see the layer in it."""
@@ -174,6 +175,9 @@ class ChannelAnalysis:
     def release(self) -> None:
         """Take every hook off and let the data go; metrics refer to themselves, so nothing else frees them soon."""
         self.close()
+        self._images = None
+        if isinstance(self._observer, RelevanceCollector):
+            self._observer.release()
         for metric in self._metrics():
             if metric._is_synced:
                 metric.unsync()
@@ -194,6 +198,9 @@ class ChannelAnalysis:
     def _add(self, records: dict[str, LayerRecord], collector: RelevanceCollector) -> None:
         if not self._statistics:
             self._prepare(records, collector)
+        for text in collector.notes:
+            if text not in self._notes:  # a composite may find out late that it needs another way
+                self._note(text)
         finite = all(_is_usable(record) for record in records.values())
         for name, record in records.items():
             targets = self._targets.to(record.relevance.device)
@@ -233,7 +240,7 @@ class ChannelAnalysis:
 
     def _pictures(self, rows: list[int]) -> Tensor | None:
         """Thumbnails of some images of the batch."""
-        if self._images is None or len(self._images) != len(self._targets):
+        if not rows or not self._thumbnail_side or self._images is None or len(self._images) != len(self._targets):
             return None
         return thumbnails(self._images[rows], self._thumbnail_side, self._denormalize)
 
@@ -250,12 +257,13 @@ class ChannelAnalysis:
                 "The network's output looks like probabilities or log-probabilities, not logits; relevances are then "
                 "those of probabilities. Pass `logits_module` or `logits_fn` to point to the logits."
             )
-        for text in collector.notes:
-            self._note(text)
         # Now, because by the end of the epoch somebody may have exchanged the weights.
         self._copies = {name: plain_copy(layer) for name, layer in self._layers.items()}
         per_class = self._affordable_samples(records, num_classes)
-        self._thumbnail_side = thumbnail_side((per_class or 0) * num_classes, self._settings.thumbnail_bytes)
+        n_thumbnails = None if per_class is None else per_class * num_classes * len(records)
+        self._thumbnail_side = thumbnail_side(n_thumbnails, self._settings.thumbnail_bytes)
+        if self._images is not None and not self._thumbnail_side:
+            self._note("The images do not fit into an eighth of `calibration_memory`, so the reports show none.")
         keeps = self._settings.calibration_samples != 0  # the same in all processes, whatever they can afford
         for name, record in records.items():
             n_channels, device = record.relevance.shape[1], record.relevance.device

@@ -17,6 +17,7 @@ from lightning_polydis._checks import InputError, check_positive_int
 from lightning_polydis._epoch import AnalysedEpoch, guarded, in_lightnings_words
 from lightning_polydis._outputs import Outputs, split_trained
 from lightning_polydis._trainer import averaged_twins, check_optimizer_states, check_strategy, is_last_validation
+from lightning_polydis.cards import EpochEntry, thinned
 from lightning_polydis.loggers import log_split_quality
 from lightning_polydis.plan import SplitPlan
 from lightning_polydis.settings import AnalysisSettings
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
-    from lightning_polydis.cards import EpochEntry
     from lightning_polydis.evaluation import SplitQuality
     from lightning_polydis.report import PolysemanticityReport
 
@@ -41,8 +41,9 @@ class ChannelDisentanglement(Callback):
     attention with a fast path or an LSTM behind the layer) is left alone: before each step its code is run once more,
     uncompiled and only up to the logits (see `rehearsal`). At the end of the epoch the channels are reported:
     scalars ``polydis/<layer>/n_polysemantic``, ``n_pairs``, ``n_candidates``, ``mean_cosine`` and ``min_cosine`` (to
-    be monitored like any other), a table in TensorBoard, ``report.json``; when the run ends, ``split_plan.json`` and a
-    table in the console. Works in ``fit``, ``validate`` and ``test``; the sanity check is skipped.
+    be monitored like any other), a table in the loggers, ``report.json``; when the run ends, ``report.html``, cards and
+    pictures in the loggers, ``split_plan.json`` and a table in the console. Works in ``fit``, ``validate`` and
+    ``test``; the sanity check is skipped.
 
     Method: Hesse, Fischer, Schaub-Meyer, Roth, *Disentangling Polysemantic Channels in Convolutional Neural Networks*,
     CVPR Workshops 2025, arXiv:2504.12939.
@@ -75,7 +76,7 @@ class ChannelDisentanglement(Callback):
             them; 0: no plan; `None`: all images, all used to choose.
         calibration_memory: MiB that these samples may take; lowers their number where it would not do, and says so.
             While an epoch is analysed, those of the last report are there as well. Not for `None`. Relevance vectors
-            take at most a quarter as much again.
+            take at most a quarter as much again, thumbnails an eighth.
         logits_module: Name of the module whose output is the logits, where it is not the outermost one. What
             ``validation_step`` sees between layer and logits then requires gradients.
         target_fn: Batch -> class indices ``[B]``. `None`: ``batch[1]``, or ``batch["label"]``, ``"labels"``,
@@ -84,7 +85,8 @@ class ChannelDisentanglement(Callback):
         denormalize: What makes pictures in [0, 1] of the images, for the reports: a function on ``[n, C, H, W]``, or
             mean and standard deviation of each colour. `None`: those of the data set's transforms, if it has such.
         dirpath: Where ``report.json``, ``report.html`` and ``split_plan.json`` go. `None`: the logger's directory (no
-            logger: nowhere). With several of these callbacks in a trainer their names begin with the layers'.
+            logger: nowhere). With several of these callbacks in a trainer their names begin with the layers', in a
+            validation or test after a ``fit`` with ``validate.`` or ``test.``.
         embeddings: Write the relevance vectors of flagged channels into TensorBoard's projector when the run ends.
         dataloader: Which of several validation loaders is analysed, by place or, where they come as a dictionary, by
             key; `None`: all of them.
@@ -153,6 +155,8 @@ class ChannelDisentanglement(Callback):
                 raise InputError(
                     f"Expected argument `dataloader` to be a place, a key or None, but got {dataloader!r}."
                 )
+            if not isinstance(embeddings, bool):
+                raise InputError(f"Expected argument `embeddings` to be True or False, but got {embeddings!r}.")
             if split and calibration_samples == 0:
                 raise InputError("`split=True` needs calibration samples, but got `calibration_samples=0`.")
         self.split = split
@@ -169,6 +173,7 @@ class ChannelDisentanglement(Callback):
         self._is_current = False  # whether it does, or from the checkpoint that the run went on from
         self._chosen: list[str] | None = None
         self._n_validations = 0
+        self._has_fitted = False
         self._inference_loops: list[Any] = []
         self._load_hooks: list[RemovableHandle] = []
         self._stage: str | None = None
@@ -342,7 +347,8 @@ class ChannelDisentanglement(Callback):
         if isinstance(result, list):
             log_split_quality(pl_module, result)
             return
-        result = replace(result, history=[*self._history, *result.entries(trainer.current_epoch, trainer.global_step)])
+        entries = result.entries(trainer.current_epoch, trainer.global_step)
+        result = replace(result, history=thinned([*self._history, *entries]))
         self._chosen = [layer.name for layer in result.layers]  # once found, the layer need not be looked for again
         self._report = result
         self._analysed_step = trainer.global_step
@@ -361,7 +367,9 @@ class ChannelDisentanglement(Callback):
         names = self._chosen or []
         prefix = "+".join(names) if len(names) < 4 else f"{names[0]}+{len(names) - 1}"  # file names are not endless
         prefix = f"{prefix}." if len(_instances(trainer)) > 1 else ""
-        return Outputs(trainer, self.dirpath, prefix, self.embeddings)
+        if self._has_fitted and trainer.state.fn != TrainerFn.FITTING:  # what the fit has left stays
+            prefix += "test." if trainer.state.fn == TrainerFn.TESTING else "validate."
+        return Outputs(trainer, self.dirpath, prefix, embeddings=self.embeddings, strict=self.strict)
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -377,6 +385,7 @@ class ChannelDisentanglement(Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._finish_run(trainer)
+        self._has_fitted = True
         plan = self._plan_in(pl_module)
         if len(plan):  # split already, even if no validation came by to see it
             self._applied = self._applied or plan

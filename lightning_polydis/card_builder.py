@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_polydis.statistics import Samples
 
 N_IMAGES, N_ACTIVATIONS, N_SOURCES = 8, 64, 6
+MAX_CONCEPTS, MAX_CLASSES = 7, 30
 N_BINS, N_CHANNELS, N_CLASSES, N_NEAR = 40, 40, 60, 10
 SAMPLES_PER_STEP = 64
 
@@ -46,22 +47,27 @@ def build_card(
     samples = evidence.samples
     assert samples is not None  # or there would be no split
     seen = _seen(evidence, samples, split)
-    classes = [label for concept in split.concepts for label in concept]
+    concepts = split.concepts[:MAX_CONCEPTS]
+    classes = [label for concept in concepts for label in concept]
+    n_classes = sum(map(len, split.concepts))
+    classes = classes[:MAX_CLASSES]
     lowest = min(pairs, key=lambda pair: pair.cosine_similarity)
     similarities = evidence.similarities(split.channel, classes).cosine
     threshold = evidence.rule.threshold(split.channel) if channel.threshold is None else channel.threshold
     return ChannelCard(
         split.layer,
         split.channel,
-        split.concepts,
-        channel.cosine_similarity,
+        concepts,
+        lowest.cosine_similarity,
         lowest.interval,
         float(threshold),
         channel.reliability,
-        [_row(seen, samples, row, split.concepts) for row in range(len(split.concepts) + 1)],
-        [_sources(evidence, samples, split, index) for index in range(len(split.concepts))],
+        [_row(seen, samples, row, concepts) for row in range(len(concepts) + 1)],
+        [_sources(evidence, samples, split, index) for index in range(len(concepts))],
         classes,
         np.asarray(similarities).round(4).tolist(),
+        n_concepts=len(split.concepts) if len(split.concepts) > len(concepts) else None,
+        n_classes=n_classes if n_classes > len(classes) else None,
     )
 
 
@@ -153,11 +159,12 @@ def _sources(evidence: LayerEvidence, samples: Samples, split: ChannelSplit, con
 
 
 class _Candidate(NamedTuple):
-    """A candidate channel, its least similar classes, their similarity and the threshold; all similarities."""
+    """A candidate channel, its least similar classes, their similarities and the threshold; all similarities."""
 
     channel: int
     class_a: int
     class_b: int
+    cosine_similarity: float
     compared: float
     threshold: float
     cosines: np.ndarray
@@ -193,7 +200,8 @@ def build_overview(
         shown,
         classes,
         _fractions(evidence, shown, classes),
-        [NearMiss(*candidate[:5]) for candidate in others[:N_NEAR]],
+        # What is no less alike than two halves of one class may be is compared as 1, and misses by any measure.
+        [NearMiss(*candidate[:6]) for candidate in others if candidate.compared < 1][:N_NEAR],
     )
 
 
@@ -207,15 +215,16 @@ def _candidates(evidence: LayerEvidence) -> Iterator[_Candidate]:
         classes = relevant[:, channel].nonzero()[:, 0].tolist()
         found = evidence.similarities(channel, classes)
         rows, columns = np.triu_indices(len(classes), k=1)
-        compared = evidence.rule.compared(found)[rows, columns]
-        least = int(compared.argmin())
+        compared, cosines = evidence.rule.compared(found)[rows, columns], found.cosine[rows, columns]
+        least = int(np.lexsort((cosines, compared))[0])
         yield _Candidate(
             channel,
             classes[rows[least]],
             classes[columns[least]],
+            float(cosines[least]),
             float(compared[least]),
             float(evidence.rule.threshold(channel)),
-            found.cosine[rows, columns],
+            cosines,
         )
 
 

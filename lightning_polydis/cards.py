@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 JPEG_QUALITY = 85
+MAX_EPOCHS, MAX_TRACKED = 200, 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,19 +22,39 @@ class CardImage:
     """One of the images that activate a channel most.
 
     Attributes:
-        pixels: The part of the image in which the channel is active, ``[3, h, w]``, ``uint8``.
+        content: The part of the image in which the channel is active, ``[3, h, w]``, ``uint8``, or a JPEG file of it.
         target: Its class.
         activation: Of the channel in whose row it stands: position sum of the positive part in the row's direction.
+
+    Example:
+        >>> saved = CardImage(torch.zeros(3, 8, 8, dtype=torch.uint8), target=0, activation=2.0).to_json()
+        >>> loaded = CardImage.from_json(saved)
+        >>> loaded.pixels.shape, loaded.to_json() == saved
+        (torch.Size([3, 8, 8]), True)
     """
 
-    pixels: Tensor
+    content: Tensor | bytes
     target: int
     activation: float
 
+    @cached_property
+    def pixels(self) -> Tensor | None:
+        """The picture, ``[3, h, w]``, ``uint8``; `None` if it comes from a file and is damaged."""
+        if isinstance(self.content, Tensor):
+            return self.content
+        try:
+            with Image.open(io.BytesIO(self.content), formats=["JPEG"]) as picture:
+                pixels = np.array(picture.convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
     def jpeg(self) -> bytes:
-        """The pixels as a JPEG file."""
+        """The picture as a JPEG file; one that came from a file is that file."""
+        if isinstance(self.content, bytes):
+            return self.content
         stream = io.BytesIO()
-        Image.fromarray(self.pixels.permute(1, 2, 0).numpy()).save(stream, "JPEG", quality=JPEG_QUALITY)
+        Image.fromarray(self.content.permute(1, 2, 0).numpy()).save(stream, "JPEG", quality=JPEG_QUALITY)
         return stream.getvalue()
 
     def to_json(self) -> dict[str, Any]:
@@ -45,9 +67,8 @@ class CardImage:
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> CardImage:
-        """The image that `to_json` described, as well as JPEG keeps it."""
-        pixels = np.array(Image.open(io.BytesIO(base64.b64decode(content["jpeg"]))).convert("RGB"))
-        return CardImage(torch.from_numpy(pixels).permute(2, 0, 1), content["target"], content["activation"])
+        """The image that `to_json` described, as well as JPEG keeps it; decoded when its `pixels` are asked for."""
+        return CardImage(base64.b64decode(content["jpeg"]), content["target"], content["activation"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,16 +123,18 @@ class ChannelCard:
     Attributes:
         layer: Name of the layer.
         channel: Index of the output channel.
-        concepts: Classes of each of the ``K`` concepts.
-        cosine_similarity: Lowest similarity of two classes of different concepts.
-        interval: 95 % interval of that similarity, or `None`.
+        concepts: Classes of each of the ``K`` concepts that the card shows.
+        cosine_similarity: Similarity of the flagged pair of classes with the lowest one. That of a pair that was not
+            flagged, and with it the channel's, may be lower still.
+        interval: 95 % interval of that pair's similarity, or `None`.
         threshold: The similarity threshold of this channel.
         reliability: How well the relevance vectors are known, 0 to 1, or `None`.
         rows: The original, then each concept, ``K + 1``.
         sources: For each concept the sources that add most to it, strongest first.
-        class_similarities: Similarity of each two of the classes that the channel is relevant for, in the order of
-            ``classes``.
-        classes: These classes, concept after concept.
+        classes: Classes that the channel is relevant for and the card shows, concept after concept.
+        class_similarities: Similarity of each two of these classes, flagged as a pair or not, in their order.
+        n_concepts: How many concepts there are; `None`: the card shows all.
+        n_classes: How many classes the channel is relevant for; `None`: the card shows all.
     """
 
     layer: str
@@ -125,6 +148,28 @@ class ChannelCard:
     sources: list[list[SourceShare]]
     classes: list[int]
     class_similarities: list[list[float]]
+    n_concepts: int | None = None
+    n_classes: int | None = None
+
+    def shown_classes(self) -> list[int]:
+        """How many of ``classes`` belong to each of the concepts."""
+        return [sum(label in own for label in self.classes) for own in map(frozenset, self.concepts)]
+
+    def beyond(self, n_concepts: int, n_classes: int) -> str:
+        """What the channel has beyond so many concepts and classes, in words.
+
+        Args:
+            n_concepts: Concepts that are shown.
+            n_classes: Classes that are shown.
+
+        Returns:
+            For instance ``"+3 more concepts, 40 more classes"``; empty if all are shown.
+        """
+        concepts = (self.n_concepts or len(self.concepts)) - n_concepts
+        classes = (self.n_classes or len(self.classes)) - n_classes
+        parts = [_more(concepts, "concept", "concepts"), _more(classes, "class", "classes")]
+        text = ", ".join(part for part in parts if part)
+        return text and f"+{text}"
 
     def to_json(self) -> dict[str, Any]:
         """In plain types."""
@@ -148,6 +193,10 @@ class ChannelCard:
         return ChannelCard(**{**content, **read})
 
 
+def _more(count: int, one: str, several: str) -> str:
+    return f"{count} more {one if count == 1 else several}" if count > 0 else ""
+
+
 @dataclass(frozen=True)
 class NearMiss:
     """A candidate that was not flagged.
@@ -156,14 +205,17 @@ class NearMiss:
         channel: Index of the channel.
         class_a: One of the two least similar classes.
         class_b: The other.
-        cosine_similarity: Of these.
-        threshold: What it would have to fall below.
+        cosine_similarity: Of these, as measured.
+        compared: What is compared with the threshold: the same, or with ``"auto"`` the similarity without the noise of
+            averaging over a limited number of images.
+        threshold: What that would have to fall below.
     """
 
     channel: int
     class_a: int
     class_b: int
     cosine_similarity: float
+    compared: float
     threshold: float
 
 
@@ -201,7 +253,8 @@ class LayerOverview:
     def from_json(content: dict[str, Any]) -> LayerOverview:
         """The overview that `to_json` described."""
         low, high = content["thresholds"]
-        near = [NearMiss(**miss) for miss in content["near_misses"]]
+        # Older files hold one similarity of a near miss, the one that was compared.
+        near = [NearMiss(**{"compared": miss["cosine_similarity"], **miss}) for miss in content["near_misses"]]
         return LayerOverview(**{**content, "thresholds": (low, high), "near_misses": near})
 
 
@@ -215,7 +268,7 @@ class EpochEntry:
         layer: Name of the layer.
         n_polysemantic: Channels flagged.
         mean_cosine: Mean similarity of the candidate pairs.
-        channels: Similarity of each flagged channel, by channel.
+        channels: Similarity of flagged channels, by channel: of the 50 with the lowest.
     """
 
     epoch: int
@@ -233,3 +286,19 @@ class EpochEntry:
     def from_json(content: dict[str, Any]) -> EpochEntry:
         """The entry that `to_json` described; keys of JSON are texts."""
         return EpochEntry(**{**content, "channels": {int(key): value for key, value in content["channels"].items()}})
+
+
+def thinned(history: list[EpochEntry]) -> list[EpochEntry]:
+    """A history of at most 200 epochs: beyond, every other one is left out, so that its ends stay.
+
+    Example:
+        >>> long = [EpochEntry(epoch, epoch, "conv", 0, 1.0) for epoch in range(1001)]
+        >>> short = thinned(long)
+        >>> len(short), short[0].epoch, short[-1].epoch
+        (126, 0, 1000)
+    """
+    steps = sorted({entry.step for entry in history})
+    while len(steps) > MAX_EPOCHS:
+        steps = sorted({*steps[::2], steps[-1]})
+    kept = set(steps)
+    return [entry for entry in history if entry.step in kept]

@@ -93,6 +93,7 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command = commands.add_parser("report", help=text, description=f"{text.capitalize()}; it opens offline.")
     command.add_argument("input", metavar="IN", type=Path, help="report.json")
     command.add_argument("-o", "--output", metavar="OUT", type=Path, help="the page (default: beside IN, as .html)")
+    command.add_argument("--force", action="store_true", help="replace OUT even if it is no .html or .htm file")
     command.set_defaults(run=_report)
 
 
@@ -121,7 +122,7 @@ def _add_apply_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser
         default=[],
         help="groups of a convolution (1: an ordinary one), where the checkpoint does not tell; may be repeated",
     )
-    command.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
+    command.add_argument("--force", action="store_true", help="overwrite OUT if it exists, but never the input")
     command.add_argument(
         "--trust",
         action="store_true",
@@ -145,8 +146,10 @@ def _groups(text: str) -> tuple[str, int]:
 
 def _report(given: argparse.Namespace) -> None:
     output: Path = given.output or given.input.with_suffix(".html")
-    if output.resolve() == given.input.resolve():
-        raise InputError(f"Expected the page to have a name of its own, but got `{output}` for both.")
+    if _is_same(output, given.input):
+        raise InputError(f"Expected the page to have a name of its own, but got `{output}`, which is the report.")
+    if output.exists() and output.suffix.lower() not in (".html", ".htm") and not given.force:
+        raise InputError(f"`{output}` exists already and is no page. Choose another name, or add `--force`.")
     PolysemanticityReport.load(given.input).to_html(output)
     print(f"Wrote {output} ({output.stat().st_size / 2**20:.1f} MB).")
 
@@ -167,7 +170,15 @@ def _suggested(report: PolysemanticityReport) -> str:
     return f"Suggested settings: {suggested.arguments()}. {suggested.reason}"
 
 
+def _is_same(path: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, links included."""
+    return path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other))
+
+
 def _apply_plan(given: argparse.Namespace) -> None:
+    for name, path in (("CHECKPOINT", given.checkpoint), ("PLAN", given.plan)):
+        if _is_same(given.output, path):
+            raise InputError(f"Expected OUT to be a file of its own, but got `{given.output}`, which is {name}.")
     if given.output.exists() and not given.force:
         raise InputError(f"`{given.output}` exists already. Choose another name, or add `--force` to overwrite it.")
     plan = _prefixed(SplitPlan.load(given.plan), given.prefix)

@@ -196,6 +196,12 @@ class RelevanceCollector:
         self._leave_recording()
         self._forget()
 
+    def release(self) -> None:
+        """Take every hook off and keep nothing of the network's."""
+        self.close()
+        self.logits = None
+        self.__dict__.pop("_stack", None)  # it refers to this collector, and so to the network
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Let no other collector see the passes that are made meanwhile."""

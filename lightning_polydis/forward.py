@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from lightning_polydis._checks import InputError
 
@@ -87,6 +88,17 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """Put random numbers back as they were, after an exception too, which Lightning's `isolate_rng` does not do."""
+    isolation = isolate_rng()
+    isolation.__enter__()
+    try:
+        yield
+    finally:
+        isolation.__exit__(None, None, None)
+
+
+@contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put buffers and random numbers back after a pass that nobody asked for."""
     buffers = [
@@ -95,7 +107,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for name, buffer in owner.named_buffers(recurse=False)
         if not is_lazy(buffer)
     ]
-    with isolate_rng():
+    with own_random_numbers():
         try:
             yield
         finally:
@@ -121,6 +133,7 @@ def quiet_copy(module: nn.Module) -> nn.Module:
         OrderedDict()
     """
     unhooked: dict[int, Any] = {id(getattr(part, name)): OrderedDict() for part in module.modules() for name in HOOKS}
+    unhooked.update(_without_graphs(module))
     try:
         copied = copy.deepcopy(module, unhooked)
     except Exception as error:
@@ -132,6 +145,12 @@ def quiet_copy(module: nn.Module) -> nn.Module:
     if any(part.is_floating_point() and part.dtype.itemsize < 4 for part in copied.parameters()):
         copied.float()
     return copied.eval().requires_grad_(False)
+
+
+def _without_graphs(module: nn.Module) -> dict[int, Tensor]:
+    """Tensors with a graph that modules keep as attributes (a list of losses, say), which torch does not copy."""
+    kept = [value for part in module.modules() for name, value in vars(part).items() if name != "_modules"]
+    return {id(leaf): leaf.detach() for leaf in tree_leaves(kept) if isinstance(leaf, Tensor) and not leaf.is_leaf}
 
 
 def _uncompile(module: nn.Module, copies: dict[int, Any]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
 from lightning_polydis.analysis import ChannelAnalysis
+from lightning_polydis.plan import checked_plan
 from lightning_polydis.rehearsal import is_compiled, uncompiled
 from lightning_polydis.settings import AnalysisSettings
 from lightning_polydis.split_analysis import SplitAnalysis
@@ -117,7 +118,7 @@ def evaluate_splits(
         >>> [concept.n_own for concept in evaluate_splits(net, plan, batches, progress=False)[0].concepts]
         [10, 10]
     """
-    if not len(plan):
+    if not len(checked_plan(plan)):
         return []
     settings = AnalysisSettings(
         relevance_threshold=relevance_threshold,
@@ -162,7 +163,11 @@ def _run(
 
 def _inputs_of(batch: Any) -> Any:
     if not isinstance(batch, Sequence) or isinstance(batch, str) or not len(batch):
-        raise InputError(f"Expected each batch to be (inputs, targets), but got `{type(batch).__name__}`.")
+        raise InputError(
+            f"Expected each batch to be (inputs, targets), but got `{type(batch).__name__}`. Turn yours into pairs: "
+            "`((batch['image'], batch['label']) for batch in loader)`, or use the callback, which takes what "
+            "`validation_step` takes."
+        )
     return batch[0]
 
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_polydis._checks import InputError
 from lightning_polydis.batches import check_module_name
-from lightning_polydis.forward import default_logits
+from lightning_polydis.forward import default_logits, own_random_numbers
 from lightning_polydis.layers import channels_are_last, sum_over_positions
 from lightning_polydis.logits import checked_logits
+from lightning_polydis.plan import checked_plan
 from lightning_polydis.surgery import split_copy
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ def concept_heatmaps(
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
         found = f"{images.dtype} of shape {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise InputError(f"Expected argument `images` to be a floating point tensor [N, C, H, W], but got {found}.")
+    if not len(checked_plan(plan)):
+        return []
     watched = _SplitNetwork(model, plan, attribution, logits_fn, logits_module, device)
     chunks = [watched.maps(*chunk) for chunk in _chunks(images, targets)]
     maps = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
@@ -147,6 +149,8 @@ def concept_relevances(
     """
     if attribution == "activation":
         raise InputError("Expected argument `attribution` to be a relevance, but got 'activation'.")
+    if not len(checked_plan(plan)):
+        return []
     watched = _SplitNetwork(model, plan, attribution, logits_fn, logits_module, device)
     chunks = [watched.totals(*chunk) for chunk in _chunks(inputs, targets)]
     return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
@@ -268,7 +272,7 @@ class _SplitNetwork:
         """One pass, as long as its graph is needed."""
         seen: dict[nn.Module, Any] = {}
         with ExitStack() as stack:
-            stack.enter_context(isolate_rng())
+            stack.enter_context(own_random_numbers())
             stack.enter_context(torch.inference_mode(False))
             inputs = inputs.detach().clone().to(self._device, next(self._model.parameters()).dtype)
             self._fit_composite(inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lightning_polydis.cards import LayerOverview
-    from lightning_polydis.detection import PolysemanticChannel
+    from lightning_polydis.detection import PolysemanticChannel, PolysemanticPair
     from lightning_polydis.evaluation import SplitQuality
     from lightning_polydis.report import PolysemanticityReport
     from lightning_polydis.sweep import LayerSweep
@@ -44,15 +45,22 @@ class ChannelRow:
         found: The channel; `None` for a card whose channel the report does not list.
         card: Name of its card in the page, or `None`.
         view: The card, or `None`.
-        interval: 95 % interval of the lowest similarity, or `None`.
+        lowest: The flagged pair of classes with the lowest similarity; `None` if the report lists none.
         measured: Quality of its split, or `None`.
     """
 
     found: PolysemanticChannel | None
     card: str | None
     view: CardView | None
-    interval: tuple[float, float] | None
+    lowest: PolysemanticPair | None
     measured: SplitQuality | None
+
+    @property
+    def cosine_similarity(self) -> float:
+        """Of the lowest flagged pair; without one the channel's, to which no interval belongs."""
+        if self.lowest is not None:
+            return self.lowest.cosine_similarity
+        return math.inf if self.found is None else self.found.cosine_similarity
 
     @property
     def quality(self) -> dict[str, float | None]:
@@ -66,6 +74,11 @@ class OverviewPart:
 
     overview: LayerOverview
     drawings: list[Drawing]
+
+    @property
+    def compares_without_noise(self) -> bool:
+        """Whether a near miss has one similarity as measured and, as the page shows it, another that was compared."""
+        return any(_number(miss.compared) != _number(miss.cosine_similarity) for miss in self.overview.near_misses)
 
 
 @dataclass(frozen=True)
@@ -185,24 +198,27 @@ def _labels(report: PolysemanticityReport) -> Callable[[int], str]:
 
 def _rows(report: PolysemanticityReport) -> list[ChannelRow]:
     """The channels, lowest similarity first."""
-    views = {(card.layer, card.channel): view_of(card) for card in report.cards}
+    flagged = _flagged(report)
+    views = {}
+    for card in report.cards:
+        pairs = flagged.get((card.layer, card.channel), [])
+        views[card.layer, card.channel] = view_of(card, {(pair.class_a, pair.class_b) for pair in pairs})
     places = {key: f"card-{place}" for place, key in enumerate(views)}
     measured = {(part.layer, part.channel): part for part in report.quality}
-    intervals = _intervals(report)
-    found = {
-        (part.layer, part.channel): part for part in sorted(report.channels, key=lambda part: part.cosine_similarity)
-    }
-    return [
-        ChannelRow(found.get(key), places.get(key), views.get(key), intervals.get(key), measured.get(key))
-        for key in dict.fromkeys([*found, *views])
-    ]
+    found = {(part.layer, part.channel): part for part in report.channels}
+    rows = []
+    for key in dict.fromkeys([*found, *views]):
+        lowest = min(flagged.get(key, []), key=lambda pair: pair.cosine_similarity, default=None)
+        rows.append(ChannelRow(found.get(key), places.get(key), views.get(key), lowest, measured.get(key)))
+    return sorted(rows, key=lambda row: row.cosine_similarity)
 
 
-def _intervals(report: PolysemanticityReport) -> dict[tuple[str, int], tuple[float, float]]:
-    """Interval of each channel's lowest similarity, where measured."""
-    pairs = sorted(report.pairs, key=lambda pair: -pair.cosine_similarity)
-    lowest = {(pair.layer, pair.channel): pair.interval for pair in pairs}
-    return {key: interval for key, interval in lowest.items() if interval is not None}
+def _flagged(report: PolysemanticityReport) -> dict[tuple[str, int], list[PolysemanticPair]]:
+    """The flagged pairs of each channel."""
+    flagged: dict[tuple[str, int], list[PolysemanticPair]] = {}
+    for pair in report.pairs:
+        flagged.setdefault((pair.layer, pair.channel), []).append(pair)
+    return flagged
 
 
 def _sweeps(report: PolysemanticityReport) -> list[SweepPart]:

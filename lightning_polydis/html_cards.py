@@ -13,7 +13,7 @@ from lightning_polydis.cards import CardImage
 from lightning_polydis.figures.canvas import CONCEPT_COLOURS, OTHER_COLOUR, density_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from lightning_polydis.cards import CardRow, ChannelCard
 
@@ -88,7 +88,7 @@ class Cell:
     text: str
     colour: str
     ink: str
-    is_low: bool
+    is_flagged: bool
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,14 @@ class CardView:
     similarities: list[list[Cell]]
 
     @property
-    def n_left_out(self) -> int:
-        """Classes that the table of similarities leaves out."""
-        return len(self.card.classes) - len(self.classes)
+    def n_classes(self) -> int:
+        """All classes that the channel is relevant for."""
+        return self.card.n_classes or len(self.card.classes)
+
+    @property
+    def beyond(self) -> str:
+        """What the card leaves out, in words."""
+        return self.card.beyond(len(self.card.concepts), len(self.card.classes))
 
 
 def chip_of(index: int) -> Chip:
@@ -119,8 +124,13 @@ def chip_of(index: int) -> Chip:
     return Chip(index + 1, colour, ink_on(_channels(colour)), DASHES[place])
 
 
-def view_of(card: ChannelCard) -> CardView:
-    """A card as the page shows it."""
+def view_of(card: ChannelCard, flagged: Collection[tuple[int, int]]) -> CardView:
+    """A card as the page shows it.
+
+    Args:
+        card: The card.
+        flagged: The channel's flagged pairs of classes, the smaller class first.
+    """
     concept_of = {index: place for place, concept in enumerate(card.concepts) for index in concept}
     top = max((value for row in card.rows for values in row.activations for value in values), default=0.0)
     top = 1.05 * max(top, 1e-12)
@@ -131,9 +141,13 @@ def view_of(card: ChannelCard) -> CardView:
     classes = [
         (index, chip_of(concept_of[index]) if index in concept_of else None) for index in card.classes[:MAX_CLASSES]
     ]
+    shown = [index for index, _ in classes]
     cells = [
-        [_cell(value, card.threshold) for value in values[: len(classes)]]
-        for values in card.class_similarities[: len(classes)]
+        [
+            _cell(value, (min(row, column), max(row, column)) in flagged)
+            for column, value in zip(shown, values, strict=False)
+        ]
+        for row, values in zip(shown, card.class_similarities, strict=False)
     ]
     return CardView(card, rows, _sources(card), classes, cells)
 
@@ -161,11 +175,14 @@ def _source(image: CardImage) -> str:
 
 
 def _reduced(image: CardImage) -> CardImage:
-    longest = max(image.pixels.shape[1:])
+    pixels = image.pixels
+    if pixels is None:  # damaged; the browser shows the words instead
+        return image
+    longest = max(pixels.shape[1:])
     if longest <= LARGEST_PICTURE:
         return image
-    height, width = (max(1, round(size * LARGEST_PICTURE / longest)) for size in image.pixels.shape[1:])
-    small = F.interpolate(image.pixels[None].float(), (height, width), mode="bilinear", antialias=True)[0]
+    height, width = (max(1, round(size * LARGEST_PICTURE / longest)) for size in pixels.shape[1:])
+    small = F.interpolate(pixels[None].float(), (height, width), mode="bilinear", antialias=True)[0]
     return CardImage(small.round().clamp(0, 255).byte(), image.target, image.activation)
 
 
@@ -223,10 +240,10 @@ def _sources(card: ChannelCard) -> list[tuple[Chip, list[Source]]]:
     ]
 
 
-def _cell(value: float, threshold: float) -> Cell:
+def _cell(value: float, is_flagged: bool) -> Cell:
     part = min(max(1 - value, 0.0), 1.0)
     mixed = tuple(round(255 + part * (channel - 255)) for channel in LOW_SIMILARITY)
-    return Cell(f"{value:.2f}", "#{:02x}{:02x}{:02x}".format(*mixed), ink_on(mixed), value < threshold)
+    return Cell(f"{value:.2f}", "#{:02x}{:02x}{:02x}".format(*mixed), ink_on(mixed), is_flagged)
 
 
 def ink_on(colour: Sequence[int]) -> str:

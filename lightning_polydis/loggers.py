@@ -22,7 +22,7 @@ from lightning_polydis.figures import (
 )
 from lightning_polydis.figures.canvas import shortened
 from lightning_polydis.logger_adapters import LogItem, LogTable, adapter_of
-from lightning_polydis.sweep import sweep_markdown
+from lightning_polydis.sweep import sweep_markdown, sweep_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -236,10 +236,8 @@ def _text(cell: object) -> str:
 
 def _sweep_table(report: PolysemanticityReport, sweep: LayerSweep) -> LogTable:
     suggested = report.suggest_settings()
-    table = sweep_markdown(sweep)
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    rows = [[float(cell) for cell in line] for line in lines[2:]]
-    return LogTable(lines[0], rows, f"Suggested: `{suggested.arguments()}`. {suggested.reason}\n\n{table}")
+    text = f"Suggested: `{suggested.arguments()}`. {suggested.reason}\n\n{sweep_markdown(sweep)}"
+    return LogTable(*sweep_table(sweep), text)
 
 
 def log_split_quality(pl_module: LightningModule, qualities: Sequence[SplitQuality]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,6 +153,14 @@ class SplitPlan:
     def from_json(content: dict[str, Any]) -> SplitPlan:
         """The plan that `to_json` described."""
         return SplitPlan([ChannelSplit.from_json(split) for split in content["splits"]])
+
+
+def checked_plan(plan: Any) -> SplitPlan:
+    """Raise `ValueError` unless this is a plan, and say where one is."""
+    if isinstance(plan, SplitPlan):
+        return plan
+    hint = "`SplitPlan.load(path)` reads one" if isinstance(plan, str | PathLike) else "A report has one as `.plan`"
+    raise InputError(f"Expected argument `plan` to be a `SplitPlan`, but got `{type(plan).__name__}`. {hint}.")
 
 
 def check_fits(splits: Sequence[ChannelSplit], n_channels: int, n_inputs: int) -> None:

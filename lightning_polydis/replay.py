@@ -6,14 +6,20 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
 from lightning_polydis.collection import LayerRecord, RelevanceCollector
 from lightning_polydis.discovery import ForwardCall, with_tensors
-from lightning_polydis.forward import default_dtype, full_precision, noting_earlier, path_to, quiet_copy
-from lightning_polydis.layers import at_least_single, channels_are_last, sum_over_positions
+from lightning_polydis.forward import (
+    default_dtype,
+    full_precision,
+    noting_earlier,
+    own_random_numbers,
+    path_to,
+    quiet_copy,
+)
+from lightning_polydis.layers import at_least_single, channels_are_last, is_finite, sum_over_positions
 from lightning_polydis.lrp import MAX_DEVIATION, deviation, fitted_composite
 
 if TYPE_CHECKING:
@@ -64,6 +70,9 @@ class CompositeCollector(RelevanceCollector):
         records = super().finish()
         if not records or targets is None or call is None or self.logits is None:
             return records
+        if not all(map(is_finite, (self.logits, *(record.relevance for record in records.values())))):
+            unknown = float("nan")  # so the batch is left out
+            return {name: replace(record, relevance=record.relevance * unknown) for name, record in records.items()}
         if self._copy is None:
             self._copy = ModuleCopy(self._names_in(call.module), call, self._composite, self._logits_fn)
         relevances = self._copy.relevances(call, targets, self.logits)
@@ -75,6 +84,13 @@ class CompositeCollector(RelevanceCollector):
                     "relevance of 0. Look at its rules for the layers behind it, or choose another `attribution`."
                 )
         return {name: replace(record, relevance=relevances[name]) for name, record in records.items()}
+
+    def release(self) -> None:
+        """As `RelevanceCollector.release`; the copy goes too."""
+        super().release()
+        if self._copy is not None:
+            self._copy.release()
+        self._copy = self._call = None
 
     def _names_in(self, module: nn.Module) -> InnerNames:
         """What the layers, and the module that gives the logits, are called within the module that was called."""
@@ -174,6 +190,11 @@ class ModuleCopy:
             for outer, inner in self._names.layers.items()
         }
 
+    def release(self) -> None:
+        """Undo what the composite has done, some of which makes the copy refer to itself."""
+        self._ready.remove()
+        self._collector.release()
+
     def _pass(self, call: ForwardCall, targets: Tensor) -> dict[str, LayerRecord]:
         try:
             self._collector.start(targets)
@@ -198,5 +219,5 @@ class ModuleCopy:
             return value.to(self._dtype) if value.is_floating_point() and value.dtype.itemsize < 4 else value.clone()
 
         args, kwargs = with_tensors((call.args, call.kwargs), fitting)
-        with torch.no_grad(), isolate_rng(), full_precision(), default_dtype(self._dtype):
+        with torch.no_grad(), own_random_numbers(), full_precision(), default_dtype(self._dtype):
             return self._module(*args, **kwargs)

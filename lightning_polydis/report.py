@@ -11,7 +11,7 @@ import torch
 from lightning_polydis._checks import InputError
 from lightning_polydis._files import parse, read_json, write_json
 from lightning_polydis.card_builder import RelevanceTable, build_card, build_overview, relevance_table
-from lightning_polydis.cards import ChannelCard, EpochEntry, LayerOverview
+from lightning_polydis.cards import MAX_TRACKED, ChannelCard, EpochEntry, LayerOverview
 from lightning_polydis.detection import PolysemanticChannel, PolysemanticPair
 from lightning_polydis.evaluation import SplitQuality
 from lightning_polydis.layers import find_layer
@@ -242,8 +242,9 @@ class PolysemanticityReport:
         return False
 
     def label(self, class_index: int) -> str:
-        """Name of a class, or its index."""
-        return str(class_index) if self.class_names is None else self.class_names[class_index]
+        """Name of a class, or its index where it has none."""
+        names = self.class_names or []
+        return names[class_index] if 0 <= class_index < len(names) else str(class_index)
 
     def scalars(self) -> dict[str, float]:
         """Figures to log: ``polydis/<layer>/<figure>``."""
@@ -260,7 +261,8 @@ class PolysemanticityReport:
         """
         by_layer: dict[str, dict[int, float]] = {layer.name: {} for layer in self.layers}
         for found in self.channels:
-            by_layer[found.layer][found.channel] = found.cosine_similarity
+            if len(by_layer[found.layer]) < MAX_TRACKED:  # lowest similarity first
+                by_layer[found.layer][found.channel] = found.cosine_similarity
         return [
             EpochEntry(epoch, step, layer.name, layer.n_polysemantic, layer.mean_cosine, by_layer[layer.name])
             for layer in self.layers

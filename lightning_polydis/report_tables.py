@@ -71,9 +71,12 @@ def concept_text(report: PolysemanticityReport, concept: Sequence[int], max_name
 
 
 def _summary_line(layer: LayerSummary) -> str:
+    text = f"{layer.name}: {layer.n_polysemantic} of {layer.n_channels} channels polysemantic, "
+    text += f"{layer.n_candidates} candidates, "
+    if not layer.n_candidate_pairs:
+        return f"{text}so no class pairs to compare."
     return (
-        f"{layer.name}: {layer.n_polysemantic} of {layer.n_channels} channels polysemantic, "
-        f"{layer.n_candidates} candidates, {layer.n_pairs} of {layer.n_candidate_pairs} class pairs flagged, "
+        f"{text}{layer.n_pairs} of {layer.n_candidate_pairs} class pairs flagged, "
         f"cosine similarity {layer.min_cosine:.2f} to {layer.max_cosine:.2f}, mean {layer.mean_cosine:.2f}."
     )
 

@@ -65,7 +65,7 @@ class SplitAnalysis:
 
     def release(self) -> None:
         """As `ChannelAnalysis.release`."""
-        self.close()
+        self._collector.release()
 
     @property
     def outermost(self) -> nn.Module | None:

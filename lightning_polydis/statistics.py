@@ -339,13 +339,13 @@ class CalibrationSamples(Metric):
         self.targets.append(targets.cpu())
         self.relevant.append(relevant.cpu())
         small = torch.empty(len(targets), 3, 0, 0, dtype=torch.uint8) if thumbnails is None else thumbnails
-        self.thumbnails.append(as_large_as(self.thumbnails[0], small) if self.thumbnails else small)
+        self.thumbnails.append(as_large_as(_first_seen([*self.thumbnails, small]), small))
 
     def join(self) -> None:
         """Make one piece of all samples, before the processes exchange theirs. The last thing before ``compute``."""
         if self.inputs:
             self.inputs, self.targets = [_joined(self.inputs)], [torch.cat(self.targets)]
-            self.relevant, self.thumbnails = [torch.cat(self.relevant)], [torch.cat(self.thumbnails)]
+            self.relevant, self.thumbnails = [torch.cat(self.relevant)], [_of_one_size(self.thumbnails)]
 
     def compute(self) -> Samples | None:
         """The samples of all processes, at most ``per_class`` of each class; `None` if there are none.
@@ -358,7 +358,7 @@ class CalibrationSamples(Metric):
         if not pieces:
             return None
         inputs, targets, relevant, small = map(list, zip(*pieces, strict=True))
-        shown = torch.cat([as_large_as(small[0], piece) for piece in small])
+        shown = _of_one_size(small)
         thumbnails = shown if shown.numel() else None
         samples = Samples(_joined(inputs), torch.cat(targets), torch.cat(relevant), thumbnails=thumbnails)
         if self.per_class is None:
@@ -382,6 +382,15 @@ def _joined(pieces: list[Tensor]) -> Tensor:
         whole[end - len(piece) : end] = piece
         end -= len(piece)
     return whole
+
+
+def _first_seen(pieces: list[Tensor]) -> Tensor:
+    """The first piece that holds thumbnails, or just the first."""
+    return next((piece for piece in pieces if piece.numel()), pieces[0])
+
+
+def _of_one_size(pieces: list[Tensor]) -> Tensor:
+    return torch.cat([as_large_as(_first_seen(pieces), piece) for piece in pieces])
 
 
 def _ranks(targets: Tensor) -> list[int]:

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_polydis._checks import InputError
 from lightning_polydis.forward import quiet_copy
 from lightning_polydis.layers import channel_count, find_layer, input_count, inputs_per_channel, plain_copy
-from lightning_polydis.plan import ChannelSplit, SplitPlan, check_fits
+from lightning_polydis.plan import ChannelSplit, SplitPlan, check_fits, checked_plan
 from lightning_polydis.splitting import SplitLayer, split_layer, stored_splits
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def disentangle(model: ModelT, plan: SplitPlan, inplace: bool = False) -> ModelT
         >>> disentangle(net, plan)[0].expand
         Conv2d(3, 10, kernel_size=(3, 3), stride=(1, 1))
     """
-    for name in plan.layers:  # everything is checked before anything is changed
+    for name in checked_plan(plan).layers:  # everything is checked before anything is changed
         _check_splits(model, name, plan.of_layer(name))
     if not inplace:
         model = copy.deepcopy(model)
@@ -92,7 +92,7 @@ def split_copy(model: nn.Module, plan: SplitPlan) -> nn.Module:
     Raises:
         ValueError: If the plan does not fit the network, or that cannot be copied.
     """
-    layers = {name: layer_of_plan(model, plan, name) for name in plan.layers}
+    layers = {name: layer_of_plan(model, plan, name) for name in checked_plan(plan).layers}
     whole = [name for name, layer in layers.items() if not isinstance(layer, SplitLayer)]
     return disentangle(quiet_copy(model), SplitPlan([split for split in plan if split.layer in whole]), inplace=True)
 

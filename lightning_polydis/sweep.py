@@ -160,10 +160,14 @@ def suggest_settings(sweeps: Sequence[LayerSweep], current: dict[str, Any]) -> S
             best = at if good[at] else min(zip(*good.nonzero(), strict=True), key=lambda cell: pairs[cell])
             cell = (int(best[0]), int(best[1]), level)
             return _suggestion(first, current["method"], cell, candidates, flagged, n_channels, at)
+    is_auto = current["similarity_threshold"] == "auto"
     reason = (
-        f"Nothing better on the grid: no setting leaves {enough:.0f} candidate channels and a flag among them. "
-        "On these classes the layer looks monosemantic, or too few of its channels matter; try another layer."
+        f"Nothing better on the grid: no setting{' with `auto`' * is_auto} leaves {enough:.0f} candidate channels and "
+        "a flag among them. On these classes the layer looks monosemantic, or too few of its channels matter; try "
+        "another layer."
     )
+    if is_auto and (flagged > 0).any():
+        reason += " Fixed similarity thresholds would flag channels, but their classes differ no more than any do."
     return SuggestedSettings(
         current["method"],
         current["relevance_threshold"],
@@ -198,16 +202,23 @@ def _suggestion(
     )
 
 
-def sweep_markdown(sweep: LayerSweep) -> str:
-    """A table of the grid: one row for each relevance threshold and class fraction, and the channels flagged there."""
+def sweep_table(sweep: LayerSweep) -> tuple[list[str], list[list[float]]]:
+    """The grid as columns and rows: one for each relevance threshold and class fraction, and the channels flagged."""
     header = ["relevance threshold", "class fraction", "candidates", "candidate pairs"]
     header += [
         f"flagged at {value if isinstance(value, str) else f'{value:g}'}" for value in sweep.similarity_thresholds
     ]
-    rows = [header, ["---:"] * len(header)]
+    rows: list[list[float]] = []
     for place, threshold in enumerate(sweep.relevance_thresholds):
         for part, fraction in enumerate(sweep.class_fractions):
-            row = [f"{threshold:g}", f"{fraction:g}", sweep.n_candidates[place][part]]
-            row += [sweep.n_candidate_pairs[place][part], *sweep.n_polysemantic[place][part]]
-            rows.append([str(cell) for cell in row])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            counts = [sweep.n_candidates[place][part], sweep.n_candidate_pairs[place][part]]
+            rows.append([threshold, fraction, *counts, *sweep.n_polysemantic[place][part]])
+    return header, rows
+
+
+def sweep_markdown(sweep: LayerSweep) -> str:
+    """`sweep_table` as markdown."""
+    header, rows = sweep_table(sweep)
+    lines = [header, ["---:"] * len(header)]
+    lines += [[str(cell) if isinstance(cell, int) else f"{cell:g}" for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

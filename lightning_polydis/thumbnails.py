@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 IMAGE_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x")
-LARGEST, SMALLEST = 96, 32
-"""Longest side of a thumbnail, in pixels, where there is room for such and where there is hardly any."""
+LARGEST, SMALLEST, UNCOUNTED = 96, 32, 48
+"""Longest side of a thumbnail, in pixels: where there is room for such, where there is hardly any, and where nobody
+knows how many images there will be."""
 
 Normalisation = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation of each colour."""
@@ -34,9 +35,17 @@ def images_of(batch: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.ndim == 4 and found.shape[1] in (1, 3) else None
 
 
-def thumbnail_side(n_images: int, memory: float) -> int:
-    """Longest side of thumbnails of which so many fit into so many bytes, within limits."""
-    return min(LARGEST, max(SMALLEST, math.isqrt(int(memory / (3 * max(n_images, 1))))))
+def thumbnail_side(n_images: int | None, memory: float) -> int:
+    """Longest side of thumbnails of which so many fit into so many bytes; 0 if that would be too small to see anything.
+
+    Args:
+        n_images: How many there will be at most; `None`: all of a data set, beside layer inputs that are far larger.
+        memory: Bytes for all of them.
+    """
+    if n_images is None:
+        return UNCOUNTED
+    side = math.isqrt(int(memory / (3 * max(n_images, 1))))
+    return 0 if side < SMALLEST else min(LARGEST, side)
 
 
 def thumbnails(images: Tensor, side: int, denormalize: Callable[[Tensor], Tensor] | Normalisation | None) -> Tensor:
@@ -115,32 +124,42 @@ def check_denormalize(value: Any) -> None:
         )
 
 
-def normalisation_of(loaders: Any) -> Normalisation | None:
+def normalisation_of(loaders: Any, place: int = 0) -> Normalisation | None:
     """Mean and standard deviation by which a data set normalises its images, if it says so.
 
     Looks for a transform with a ``mean`` and a ``std``, as torchvision's ``Normalize`` has them, in a loader's data set
     and whatever that wraps; the last one counts.
 
     Args:
-        loaders: A loader, or a list or dictionary of them, of which the first is looked at.
+        loaders: A loader, or a list or dictionary of them.
+        place: Which of them is looked at.
     """
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    loader = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
-    dataset, found = getattr(loader, "dataset", None), None
+    try:
+        if isinstance(loaders, Mapping):
+            loaders = list(loaders.values())
+        loader = loaders[place] if isinstance(loaders, list | tuple) else loaders
+        return _normalisation_of(getattr(loader, "dataset", None))
+    except Exception:  # it is the user's data set that was asked, and only for a picture
+        return None
+
+
+def _normalisation_of(dataset: Any) -> Normalisation | None:
+    found = None
     for _ in range(8):  # data sets in data sets; an end even if one wraps itself
         if dataset is None or found is not None:
             break
         for name in ("transform", "transforms"):
             found = _normalisation_in(getattr(dataset, name, None), depth=0) or found
-        dataset = getattr(dataset, "dataset", None)
+        parts = getattr(dataset, "datasets", None)  # joined ones
+        dataset = parts[0] if isinstance(parts, Sequence) and parts else getattr(dataset, "dataset", None)
     return found
 
 
 def _normalisation_in(transform: Any, depth: int) -> Normalisation | None:
     mean, std = getattr(transform, "mean", None), getattr(transform, "std", None)
-    if isinstance(mean, Sequence | Tensor) and isinstance(std, Sequence | Tensor) and len(mean) == len(std):
-        return [float(value) for value in mean], [float(value) for value in std]
+    if isinstance(mean, Sequence | Tensor) and isinstance(std, Sequence | Tensor):
+        own = tuple(torch.as_tensor(part, dtype=torch.float64).flatten().tolist() for part in (mean, std))
+        return own if len(own[0]) == len(own[1]) in (1, 3) else None  # type: ignore[return-value]
     inner = getattr(transform, "transforms", None) or getattr(transform, "transform", None)
     parts = inner if isinstance(inner, Sequence) else [inner] if inner is not None else []
     if depth > 8:

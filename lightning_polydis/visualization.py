@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError, check_positive_int
-from lightning_polydis.forward import PassDone, default_dtype, full_precision
+from lightning_polydis.forward import PassDone, default_dtype, full_precision, own_random_numbers
+from lightning_polydis.plan import checked_plan
 from lightning_polydis.rehearsal import is_compiled, uncompiled
 from lightning_polydis.splitting import SplitConv2d, SplitLinear
 from lightning_polydis.surgery import split_copy
@@ -119,7 +119,7 @@ def visualize_channels(
     check_positive_int("seed", seed, minimum=0)
     if transform is not None and not callable(transform):
         raise InputError(f"Expected argument `transform` to be callable or None, but got {transform!r}.")
-    if not len(plan):
+    if not len(checked_plan(plan)):
         return []
     fourier = _fourier()
     n_images = sum(1 + len(split.concepts) for split in plan)
@@ -148,13 +148,11 @@ def _fourier() -> Callable[..., tuple[Tensor, Tensor]]:
 def _own_surroundings(model: nn.Module) -> Iterator[None]:
     """Gradients, ``float32`` and random numbers for ourselves, whatever the caller's modes are."""
     eager = uncompiled() if is_compiled(model) else nullcontext()  # hooks are of no use in compiled code
-    isolation = isolate_rng()
-    isolation.__enter__()
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), full_precision(), default_dtype(torch.float32), eager:
-            yield
-    finally:
-        isolation.__exit__(None, None, None)  # told of an exception, it would put nothing back
+    modes = (torch.inference_mode(False), torch.enable_grad(), full_precision(), default_dtype(torch.float32), eager)
+    with own_random_numbers(), ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+        yield
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def _overview(layer, channels, rng):
         shown,
         classes,
         rng.uniform(0, 1, (len(shown), len(classes))).tolist(),
-        [NearMiss(60, 0, 1, 0.61, 0.5), NearMiss(61, 0, 1, 0.7, 0.5)],
+        [NearMiss(60, 0, 1, 0.61, 0.55, 0.5), NearMiss(61, 0, 1, 0.7, 0.7, 0.5)],
     )
 
 

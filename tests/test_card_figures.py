@@ -1,6 +1,8 @@
 """Cards and overview figures show what the report says, and nothing in them overlaps."""
 
 import dataclasses
+import io
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,21 +13,26 @@ pytest.importorskip("matplotlib")
 from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
-from lightning_polydis import ConceptQuality, SplitQuality
+from lightning_polydis import ConceptHeatmaps, ConceptQuality, SplitQuality
 from lightning_polydis.cards import CardImage, CardRow, ChannelCard, EpochEntry, LayerOverview, SourceShare
 from lightning_polydis.figures import (
     CONCEPT_COLOURS,
     OTHER_COLOUR,
     card_figure,
     class_similarity_figure,
+    heatmap_figure,
     history_figure,
     quality_figure,
     relevance_figure,
     similarity_figure,
+    split_figure,
     sweep_figure,
+    visualization_figure,
 )
 from lightning_polydis.figures.canvas import CAPTION_SIZE
+from lightning_polydis.visualization import ChannelVisualization
 from tests.sample_reports import sample_report
 
 LONG_NAMES = [f"a very long name of a class of dogs or of sailing boats {index:04}" for index in range(1000)]
@@ -131,9 +138,9 @@ def test_bars_are_the_strongest_sources_on_one_scale():
 def test_a_card_names_similarity_interval_threshold_and_reliability():
     figure = card_figure(make_card())
     assert "Channel 7 of net.conv" in texts(figure)
-    assert "lowest 0.12\n95 %: -0.05 to 0.30\nthreshold 0.50\nreliability 0.87" in texts(figure)
+    assert "lowest flagged 0.12\n95 %: -0.05 to 0.30\nthreshold 0.50\nreliability 0.87" in texts(figure)
     unsure = dataclasses.replace(make_card(), interval=None, reliability=None)
-    assert "lowest 0.12\nthreshold 0.50" in texts(card_figure(unsure))
+    assert "lowest flagged 0.12\nthreshold 0.50" in texts(card_figure(unsure))
     matrix = axes_of(figure, "row 0, similarities").get_images()[0].get_array()
     np.testing.assert_allclose(matrix, make_card().class_similarities)
 
@@ -150,7 +157,49 @@ def test_a_card_of_many_concepts_draws_the_first_seven():
     figure = card_figure(make_card(n_concepts=9))
     assert axes_of(figure, "row 7, densities")
     assert not any(axes.get_label().startswith("row 8") for axes in figure.axes)
-    assert any("2 more concepts are not drawn" in text.replace("\n", " ") for text in texts(figure))
+    assert any("+2 more concepts" in text.replace("\n", " ") for text in texts(figure))
+
+
+def cut_card():
+    """Two concepts of 41 classes are shown, but of their classes only 30."""
+    concepts = [list(range(28)), list(range(100, 113))]
+    classes = [*concepts[0], *concepts[1][:2]]
+    matrix = np.eye(30).tolist()
+    shown = {"concepts": concepts, "classes": classes, "class_similarities": matrix}
+    return dataclasses.replace(make_card(), **shown, n_concepts=5, n_classes=70)
+
+
+def test_what_a_card_leaves_out_is_named():
+    whole = make_card()
+    assert whole.beyond(2, 3) == ""
+    assert whole.beyond(1, 1) == "+1 more concept, 2 more classes"
+    assert whole.beyond(2, 2) == "+1 more class"
+    figure = card_figure(cut_card())
+    assert any("+3 more concepts, 40 more classes" in text.replace("\n", " ") for text in texts(figure))
+    strips = axes_of(figure, "row 0, similarities").get_lines()
+    assert max(float(np.max(line.get_data())) for line in strips) <= 1, "strips end where the matrix does"
+    axes = class_similarity_figure(cut_card()).axes[0]
+    assert len(axes.get_xticklabels()) == 30
+    assert axes.get_xlabel().endswith("\n+3 more concepts, 40 more classes")
+    check_layout(figure)
+    check_layout(class_similarity_figure(cut_card(), class_names=LONG_NAMES))
+
+
+def test_images_of_concepts_that_are_left_out_have_a_grey_frame():
+    cut = dataclasses.replace(make_card(stranger=True), n_concepts=5)
+    assert any("none of the concepts drawn" in text.replace("\n", " ") for text in texts(card_figure(cut)))
+
+
+def test_a_visualization_shows_all_concepts_of_a_card_that_is_cut():
+    all_five = SimpleNamespace(original=torch.zeros(3, 8, 8), parts=torch.zeros(5, 3, 8, 8))
+    assert axes_of(card_figure(cut_card(), visualization=all_five), "row 2, optimised image")
+
+
+def test_a_damaged_picture_is_skipped():
+    card = make_card(n_images=3)
+    images = [dataclasses.replace(card.rows[0].images[0], content=b"no picture"), *card.rows[0].images[1:]]
+    card = dataclasses.replace(card, rows=[dataclasses.replace(card.rows[0], images=images), *card.rows[1:]])
+    assert [axes.get_label() for axes in images_of(card_figure(card), 0)] == ["row 0, image 1", "row 0, image 2"]
 
 
 def test_a_card_shows_optimised_images():
@@ -237,7 +286,7 @@ def test_of_very_many_classes_each_concept_keeps_some():
     axes = class_similarity_figure(card).axes[0]
     shown = [int(label.get_text()) for label in axes.get_xticklabels()]
     assert shown == [*range(28), 200, 201]
-    assert axes.get_xlabel() == "threshold 0.50; 72 more classes are not drawn"
+    assert axes.get_xlabel() == "lowest flagged pair 0.12, threshold 0.50\n+72 more classes"
 
 
 @pytest.mark.parametrize("draw", [relevance_figure, class_similarity_figure])
@@ -376,6 +425,35 @@ def test_nothing_overlaps_in_overviews(n_flagged, n_classes):
 @pytest.mark.parametrize("n_concepts", [2, 19])
 def test_nothing_overlaps_in_class_similarities(n_concepts):
     check_layout(class_similarity_figure(make_card(n_concepts), class_names=LONG_NAMES))
+
+
+@pytest.mark.parametrize("name", ["a$^$b", "$\\frac$", "$", "\\$a$"])
+def test_names_that_look_like_formulas_are_shown_as_they_are(name):
+    names = [name] * 1000
+    report = sample_report(n_classes=10, layers=(name, f"{name}.2"), class_names=names[:10])
+    card = dataclasses.replace(make_card(), layer=name)
+    images, targets, concepts = torch.rand(6, 8, 8), torch.arange(6) % 2, [[0], [1]]
+    maps = ConceptHeatmaps(name, 3, concepts, torch.rand(6, 8, 8), torch.rand(6, 2, 8, 8))
+    seen = ChannelVisualization(name, 3, concepts, torch.rand(3, 8, 8), torch.rand(2, 3, 8, 8))
+    split = (images, targets, torch.rand(6), torch.rand(6, 2), concepts)
+    for figure in (
+        card_figure(card, class_names=names),
+        class_similarity_figure(card, class_names=names),
+        similarity_figure(report.overviews[0]),
+        relevance_figure(report.overviews[0], class_names=names),
+        quality_figure(report.quality, name),
+        history_figure(report.history),
+        sweep_figure(report.sweeps[0], report.settings),
+        split_figure(*split, title=name, class_names=names),
+        heatmap_figure(images, maps, title=name, class_names=names),
+        visualization_figure([seen], class_names=names),
+    ):
+        figure.savefig(io.BytesIO(), format="svg")
+        figure.savefig(io.BytesIO(), format="png", bbox_inches="tight")
+        found = figure.findobj(Text)
+        assert any(name in text.get_text() for text in found)
+        assert not any(text.get_parse_math() for text in found)
+        pickle.loads(pickle.dumps(figure)).savefig(io.BytesIO())
 
 
 def test_figures_belong_to_the_caller_alone():

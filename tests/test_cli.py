@@ -88,6 +88,50 @@ def test_report_never_replaces_what_it_reads(report_file, capsys):
     assert report_file.read_bytes() == before
 
 
+@pytest.mark.parametrize("link", ["symbolic", "hard", "relative"])
+def test_report_knows_what_it_reads_through_links(link, report_file, capsys):
+    before, output = report_file.read_bytes(), report_file.parent / "page.html"
+    if link == "symbolic":
+        output.symlink_to(report_file)
+    if link == "hard":
+        output.hardlink_to(report_file)
+    if link == "relative":
+        output = report_file.parent / ".." / report_file.parent.name / "report.json"
+    assert main(["report", str(report_file), "-o", str(output), "--force"]) == 1
+    assert "a name of its own" in capsys.readouterr().err
+    assert report_file.read_bytes() == before
+
+
+def test_report_replaces_pages_but_other_files_only_with_force(report_file, capsys):
+    folder = report_file.parent
+    (folder / "m.ckpt").write_bytes(b"weights")
+    arguments = ["report", str(report_file), "-o", str(folder / "m.ckpt")]
+    assert main(arguments) == 1
+    assert "`--force`" in capsys.readouterr().err
+    assert (folder / "m.ckpt").read_bytes() == b"weights"
+    for name in ("old.html", "old.HTM"):
+        (folder / name).write_text("old")
+        assert main(["report", str(report_file), "-o", str(folder / name)]) == 0
+        assert (folder / name).read_text() != "old"
+    assert main([*arguments, "--force"]) == 0
+    assert (folder / "m.ckpt").read_bytes().startswith(b"<!doctype html>")
+
+
+def test_show_names_classes_by_number_where_names_are_missing(report_file, capsys):
+    content = json.loads(report_file.read_text())
+    report_file.write_text(json.dumps({**content, "class_names": content["class_names"][:1]}))
+    assert main(["show", str(report_file)]) == 0
+    assert "3 polysemantic channels" in capsys.readouterr().out
+
+
+def test_a_report_with_a_damaged_picture_makes_a_page(report_file):
+    content = json.loads(report_file.read_text())
+    content["cards"][0]["rows"][0]["images"][0]["jpeg"] = "bm8gcGljdHVyZQ=="
+    report_file.write_text(json.dumps(content))
+    assert main(["report", str(report_file)]) == 0
+    assert "bm8gcGljdHVyZQ==" in report_file.with_suffix(".html").read_text(encoding="utf-8")
+
+
 def test_show_prints_the_table(report_file, capsys):
     assert main(["show", str(report_file), "--max-rows", "2"]) == 0
     text = capsys.readouterr().out
@@ -267,6 +311,22 @@ def test_an_existing_file_is_only_overwritten_with_force(files, capsys):
     assert (files / "split.ckpt").read_text() == "precious"
     assert apply(files, "--force") == 0
     assert "state_dict" in torch.load(files / "split.ckpt")
+
+
+@pytest.mark.parametrize("name", ["plain.ckpt", "plan.json"])
+@pytest.mark.parametrize("link", ["none", "symbolic", "hard", "relative"])
+def test_what_is_read_is_not_overwritten_even_with_force(name, link, files, monkeypatch, capsys):
+    before = (files / name).read_bytes()
+    out = name if link == "none" else f"../{files.name}/{name}" if link == "relative" else "out.ckpt"
+    if link == "symbolic":
+        (files / out).symlink_to(files / name)
+    if link == "hard":
+        (files / out).hardlink_to(files / name)
+    monkeypatch.chdir(files)
+    assert main(["apply-plan", "plain.ckpt", "plan.json", out, "--force"]) == 1
+    kind = "CHECKPOINT" if name == "plain.ckpt" else "PLAN"
+    assert f"Expected OUT to be a file of its own, but got `{out}`, which is {kind}" in capsys.readouterr().err
+    assert (files / name).read_bytes() == before
 
 
 def test_a_failed_write_leaves_what_was_there(files, monkeypatch, capsys):

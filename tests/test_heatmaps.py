@@ -264,3 +264,24 @@ def test_a_layer_that_does_not_run(images, targets):
     net.forward = lambda x: nn.Sequential(*list(net.children())[:-1])(x)
     with pytest.raises(ValueError, match="Expected every layer of the plan to run, but `spare` did not"):
         concept_heatmaps(net, make_plan(3, "spare"), images, targets, attribution="gradient_x_input")
+
+
+def test_an_empty_plan_shows_nothing(net, images, targets):
+    assert concept_heatmaps(net, SplitPlan([]), images, targets) == []
+    assert concept_relevances(net, SplitPlan([]), images, targets) == []
+
+
+def test_random_numbers_are_put_back_after_an_error(images, targets):
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            torch.rand(3)
+            raise RuntimeError("no luck")
+
+    draws, before = Draws(), torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="no luck"):
+        concept_heatmaps(draws, make_plan(3, "conv"), images, targets, attribution="gradient_x_input")
+    assert torch.equal(before, torch.get_rng_state())

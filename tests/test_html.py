@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_polydis import PolysemanticityReport, html_figures
+from lightning_polydis import PolysemanticityReport, PolysemanticPair, html_figures
 from lightning_polydis.cards import CardImage
 from lightning_polydis.html import TEMPLATES, to_html
 from lightning_polydis.html_cards import DARK, MAX_CLASSES, chip_of, luminance_of
@@ -202,9 +202,10 @@ def test_without_matplotlib_the_page_names_the_extra_and_shows_the_rest(monkeypa
 def test_no_flag_shows_how_close_it_was_and_what_to_try():
     page = Page(to_html(sample_report(n_flagged=0)))
     assert "No channel was flagged" in page.text
-    assert "channel 60, whose classes class 0 and class 1 have a similarity of 0.61, against a threshold of 0.50" in (
-        page.text
-    )
+    assert (
+        "channel 60, whose classes class 0 and class 1 have a similarity of 0.61, 0.55 with noise taken out, against a "
+        "threshold of 0.50"
+    ) in page.text
     assert sample_report(n_flagged=0).suggest_settings().reason in page.text
     assert [one for one in page.all("details") if "open" in one]
     assert not [one for one in page.all("table") if one.get("id") == "channels"]
@@ -306,7 +307,74 @@ def test_tables_of_similarities_stay_readable():
     concepts = [list(range(20)), list(range(20, 45))]
     wide = replace(card, concepts=concepts, classes=list(range(45)), class_similarities=[[0.5] * 45 for _ in range(45)])
     page = Page(to_html(replace(report, _saved_cards=[wide])))
-    assert f"{45 - MAX_CLASSES} more classes in report.json" in page.text
+    assert f"{MAX_CLASSES} of 45 classes" in page.text
+    cut = replace(wide, n_concepts=5, n_classes=85)
+    page = Page(to_html(replace(report, _saved_cards=[cut])))
+    assert "+3 more concepts, 40 more classes" in page.text
+    assert f"{MAX_CLASSES} of 85 classes" in page.text
+
+
+def test_near_misses_name_what_was_compared_where_it_differs():
+    report = sample_report()
+    page = Page(to_html(report))
+    assert "0.61 0.55 0.50" in page.text
+    assert "Compared: what is held against the threshold" in page.text
+    (overview,) = report.overviews
+    plain = [replace(miss, compared=miss.cosine_similarity) for miss in overview.near_misses]
+    page = Page(to_html(replace(report, _saved_overviews=[replace(overview, near_misses=plain)])))
+    assert "0.61 0.50" in page.text
+    assert "Compared" not in page.text
+
+
+def test_cosine_and_interval_are_those_of_one_flagged_pair():
+    """The channel's least similar classes are no flagged pair: under "auto" the raw similarity does not decide."""
+    report = sample_report(n_flagged=2)
+    found, other = report.channels
+    found = replace(found, classes=[1, 2, 3], concepts=[[1], [2, 3]], cosine_similarity=-0.5)
+    pairs = [
+        PolysemanticPair(found.layer, found.channel, 1, 3, 0.31, (0.21, 0.41), True),
+        PolysemanticPair(found.layer, found.channel, 1, 2, 0.11, (0.01, 0.22), True),
+    ]
+    page = to_html(replace(report, channels=[found, other], pairs=pairs))
+    (row,) = re.findall(rf'data-value="{found.channel}".*?</tr>', page, re.DOTALL)
+    assert '<td class="number" data-value="0.11">0.11<span class="range">0.01 to 0.22</span></td>' in row
+    (row,) = re.findall(rf'data-value="{other.channel}".*?</tr>', page, re.DOTALL)
+    value = other.cosine_similarity  # no pair is listed, so no interval is known
+    assert f'<td class="number" data-value="{value}">{value:.2f}</td>' in row
+    assert "different concepts" not in Page(page).text
+
+
+def test_flagged_pairs_are_bold_whatever_their_similarity():
+    report = sample_report(n_flagged=1)
+    card = replace(
+        report.cards[0],
+        concepts=[[1], [2, 3]],
+        classes=[3, 1, 2],
+        class_similarities=[[1, 0.71, 0.12], [0.71, 1, 0.13], [0.12, 0.13, 1]],
+    )
+    pairs = [PolysemanticPair(card.layer, card.channel, 1, 3, 0.71), PolysemanticPair("else", card.channel, 1, 2, 0.1)]
+    page = Page(to_html(replace(report, pairs=pairs, _saved_cards=[card])))
+    assert [data for tag, data in page.texts if tag == "b"] == ["0.71", "0.71"]
+
+
+def test_the_page_says_which_samples_it_shows():
+    assert "of all calibration samples, also those that chose the split" in Page(to_html(sample_report())).text
+
+
+def test_a_damaged_picture_is_left_to_the_browser():
+    report = sample_report(n_flagged=1)
+    card = report.cards[0]
+    rows = [replace(row, images=[replace(row.images[0], content=b"no picture")]) for row in card.rows]
+    page = Page(to_html(replace(report, _saved_cards=[replace(card, rows=rows)])))
+    damaged = f"data:image/jpeg;base64,{base64.b64encode(b'no picture').decode()}"
+    assert len([one for one in page.all("img") if one["src"] == damaged and one["alt"]]) == len(rows)
+
+
+@pytest.mark.parametrize("name", ["a$^$b", "$\\frac$"])
+def test_names_that_look_like_formulas_are_drawn(name, real_figures):
+    report = sample_report(n_flagged=2, class_names=[name] * 10, layers=(name, f"{name}.2"))
+    page = Page(to_html(report))
+    assert len([one for one in page.all("img") if one["src"].startswith("data:image/png;base64,i")]) == 9
 
 
 def test_large_images_are_made_smaller():

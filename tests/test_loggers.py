@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning.pytorch.utilities.rank_zero as rank_zero
@@ -85,6 +86,16 @@ def test_the_table_after_an_epoch_has_no_quality_and_no_picture(report, tmp_path
     assert events.Tags()["images"] == []
     (text,) = texts_of(events, f"{PREFIX}/overview")
     assert "| channel | concepts | cosine | reliability | clear |" in text
+
+
+def test_the_table_of_other_settings_holds_the_sweeps_own_numbers():
+    report = sample_report(1)
+    sweep = replace(report.sweeps[0], relevance_thresholds=[0.0123456789, 0.03, 0.06])
+    table = loggers._sweep_table(report, sweep)
+    assert table.columns[-2:] == ["flagged at 0.5", "flagged at auto"]
+    assert table.rows[0] == [0.0123456789, 0.5, 3, 9, 1, 2]
+    assert all(isinstance(value, int) for row in table.rows for value in row[2:])
+    assert "| 0.0123457 | 0.5 | 3 | 9 | 1 | 2 |" in table.markdown
 
 
 def test_the_table_breaks_concepts_into_lines_and_cuts_names(tmp_path):

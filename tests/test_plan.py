@@ -2,8 +2,16 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_polydis import ChannelSplit, SplitPlan
+from lightning_polydis import (
+    ChannelSplit,
+    SplitPlan,
+    concept_heatmaps,
+    disentangle,
+    evaluate_splits,
+    visualize_channels,
+)
 from lightning_polydis.plan import check_fits
 
 
@@ -113,3 +121,22 @@ def test_plans_that_do_not_fit_are_refused(channels, n_inputs, message):
     splits = [ChannelSplit("x", channel, [[0], [1]], torch.ones(2, 4)) for channel in channels]
     with pytest.raises(ValueError, match=message):
         check_fits(splits, 8, n_inputs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("split_plan.json", r"Expected argument `plan` to be a `SplitPlan`, but got `str`. `SplitPlan.load\(path\)`"),
+        ({"splits": []}, "but got `dict`. A report has one as `.plan`"),
+    ],
+)
+def test_what_is_no_plan_is_refused_everywhere(wrong, message):
+    net, images = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.rand(2, 3, 8, 8)
+    for call in (
+        lambda: disentangle(net, wrong),
+        lambda: evaluate_splits(net, wrong, [(images, torch.zeros(2, dtype=torch.long))]),
+        lambda: concept_heatmaps(net, wrong, images),
+        lambda: visualize_channels(net, wrong),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -404,3 +404,38 @@ def test_a_split_network_is_judged_by_the_composite(module, tmp_path):
         assert judge.plan == callback.plan
         results.append({name: value for name, value in metrics.items() if "split" in name})
     assert results[0].keys() == results[1].keys() != set()
+
+
+@pytest.mark.parametrize("where", [0, 1], ids=["first batch", "later batch"])
+def test_images_with_nan_are_left_out_with_a_composite_too(where, net):
+    batches = make_batches()
+    batches[where][0][3] = float("nan")
+    report = find_polysemantic_channels(net, batches, "2", attribution="epsilon_plus_flat", progress=False)
+    assert (report.n_images, report.n_images_left_out) == (32, 16)
+    assert any("NaN" in note for note in report.notes)
+    finite = [batch for place, batch in enumerate(batches) if place != where]
+    alone = find_polysemantic_channels(net, finite, "2", attribution="epsilon_plus_flat", progress=False)
+    assert report.layers == alone.layers
+
+
+class KeepsLosses(Classifier):
+    """A common way to average over an epoch: tensors with a graph, as attributes."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.outputs, self.last = [], {}
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.outputs.append(loss)
+        self.last["loss"] = loss
+        return loss
+
+
+def test_modules_that_keep_their_losses_are_copied(net, tmp_path):
+    callback = callback_for(**FLAT)
+    trainer = make_trainer(tmp_path, callback, max_epochs=1)
+    module = KeepsLosses(copy.deepcopy(net))
+    trainer.fit(module, loader(), loader())
+    assert callback.report.n_images == 48
+    assert all(loss.grad_fn is not None for loss in module.outputs)

@@ -1,14 +1,19 @@
+import base64
 import io
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from lightning_polydis import PolysemanticityReport, find_polysemantic_channels
+from lightning_polydis.cards import ChannelCard, LayerOverview
 from lightning_polydis.report_tables import concept_text
 from tests.networks import conv_relu_net, make_batches, train_briefly
+from tests.sample_reports import sample_report
 
 SETTINGS = {"relevance_threshold": 0.05, "class_fraction": 0.5, "similarity_threshold": 0.9, "progress": False}
 
@@ -67,6 +72,60 @@ def test_damaged_reports_are_refused_in_words(report, change, message, tmp_path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=message):
         PolysemanticityReport.load(path)
+
+
+def damaged_picture(content):
+    content["cards"][0]["rows"][0]["images"][0]["jpeg"] = base64.b64encode(b"no picture").decode()
+    return content
+
+
+def test_a_damaged_picture_does_not_stop_a_report(tmp_path):
+    path = tmp_path / "report.json"
+    sample_report().save(path)
+    path.write_text(json.dumps(damaged_picture(json.loads(path.read_text()))))
+    loaded = PolysemanticityReport.load(path)
+    damaged, *others = loaded.cards[0].rows[0].images
+    assert damaged.pixels is None
+    assert [image.pixels.shape for image in others] == [(3, 48, 48)] * 7
+    loaded.to_html(tmp_path / "report.html")
+    assert json.loads(json.dumps(loaded.to_json()))["cards"] == json.loads(path.read_text())["cards"]
+
+
+def test_pictures_from_a_file_are_decoded_when_asked_for_and_never_encoded_again(tmp_path, monkeypatch):
+    report = sample_report()
+    report.save(tmp_path / "report.json")
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("neither decoded nor encoded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", forbidden)
+        patch.setattr(Image.Image, "save", forbidden)
+        loaded = PolysemanticityReport.load(tmp_path / "report.json")
+        loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "report.json").read_bytes()
+    ours, theirs = (one.cards[0].rows[0].images[0] for one in (loaded, report))
+    assert (ours.pixels.float() - theirs.pixels.float()).abs().mean() < 60  # JPEG of noise
+
+
+@pytest.mark.parametrize("cut", [None, (9, 70)])
+def test_what_a_card_leaves_out_is_in_its_file(cut):
+    report = sample_report(n_flagged=1)
+    (card,) = report.cards
+    if cut is not None:
+        card = replace(card, n_concepts=cut[0], n_classes=cut[1])
+    loaded = ChannelCard.from_json(json.loads(json.dumps(card.to_json())))
+    assert (loaded.n_concepts, loaded.n_classes) == (cut or (None, None))
+    older = {key: value for key, value in card.to_json().items() if key not in ("n_concepts", "n_classes")}
+    assert ChannelCard.from_json(older).n_concepts is None
+
+
+def test_near_misses_of_older_files_have_one_similarity():
+    (overview,) = sample_report().overviews
+    content = overview.to_json()
+    for miss in content["near_misses"]:
+        del miss["compared"]
+    assert [miss.compared for miss in LayerOverview.from_json(content).near_misses] == [0.61, 0.7]
 
 
 def test_markdown_is_a_table_whatever_the_class_names(report):
@@ -140,6 +199,9 @@ def test_labels_are_names_or_numbers(report, net):
     assert report.label(2) == "fish [wild]"
     nameless = find_polysemantic_channels(net, make_batches(), "2", **SETTINGS)
     assert nameless.label(2) == "2"
+    damaged = replace(report, class_names=["cat"])
+    assert [damaged.label(index) for index in (0, 1, -1)] == ["cat", "1", "-1"]
+    assert "fish" not in printed(damaged, 100)
 
 
 def test_long_concepts_are_cut(report):

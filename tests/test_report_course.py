@@ -1,5 +1,7 @@
 """What a run leaves behind: history, cards and the page, also after it was interrupted."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from lightning_polydis import ChannelDisentanglement, PolysemanticityReport
+from lightning_polydis.cards import EpochEntry, thinned
 from tests.networks import BottleneckNet, Classifier, loader, train_briefly
 
 LAYER = "net.blocks.1.conv3"
@@ -112,3 +115,56 @@ def test_vectors_of_a_file_or_an_unknown_layer(tmp_path):
     loaded = PolysemanticityReport.load(tmp_path / "out" / "report.json")
     with pytest.raises(ValueError, match="none, as this report was loaded from a file"):
         loaded.relevance_vectors(LAYER)
+
+
+def test_what_a_fit_has_left_stays(tmp_path):
+    _, trainer = trained(tmp_path, 2)
+    before = (tmp_path / "out" / "report.json").read_text()
+    trainer.test(trainer.lightning_module, loader(seed=2), verbose=False)
+    assert (tmp_path / "out" / "report.json").read_text() == before
+    assert len(PolysemanticityReport.load(tmp_path / "out" / "test.report.json").history) == 1
+    assert (tmp_path / "out" / "test.report.html").exists()
+
+
+def test_our_own_failures_leave_the_rest(tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no card today")
+
+    monkeypatch.setattr("lightning_polydis.report.build_card", fails)
+    with pytest.warns(UserWarning, match="no card today"):
+        trained(tmp_path, 1)
+    assert (tmp_path / "out" / "split_plan.json").exists()
+
+
+def test_histories_do_not_grow_without_end():
+    entries = [EpochEntry(epoch, epoch, layer, 0, 1.0) for epoch in range(3000) for layer in ("a", "b")]
+    history = []
+    for entry in entries:
+        history = thinned([*history, entry])
+    assert len(history) <= 2 * 200
+    assert [history[0].epoch, history[-1].epoch] == [0, 2999]
+    assert {entry.layer for entry in history} == {"a", "b"}
+
+
+def test_no_batch_and_no_copy_outlive_an_epoch(tmp_path):
+    """Whether or not Python's garbage collector comes by."""
+    alive = []
+
+    class Watched(Classifier):
+        def validation_step(self, batch, batch_idx):
+            alive.append(weakref.ref(batch[0]))
+            super().validation_step(batch, batch_idx)
+
+    gc.collect()
+    gc.disable()
+    try:
+        callback = ChannelDisentanglement(LAYER, attribution="epsilon_plus", **SETTINGS)
+        trainer = pl.Trainer(callbacks=[callback], logger=False, accelerator="cpu", enable_progress_bar=False)
+        trainer.validate(Watched(train_briefly(BottleneckNet())), loader(), verbose=False)
+        assert callback.report.channels
+        del trainer
+        assert [reference() for reference in alive].count(None) == len(alive) == 3
+        copies = [one for one in gc.get_objects() if isinstance(one, BottleneckNet)]
+        assert len(copies) <= 1
+    finally:
+        gc.enable()

@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_polydis import PolysemanticityReport, SplitConv2d, SplitPlan
-from lightning_polydis.state import FORMAT_VERSION
+from lightning_polydis.state import FORMAT_VERSION, CallbackState
 from tests.networks import Classifier, conv_relu_net, loader, make_images, train_briefly
+from tests.sample_reports import sample_report
 from tests.test_callback import callback_for, make_trainer
 
 ROOT = Path(__file__).parent.parent
@@ -181,6 +182,17 @@ def test_a_state_that_cannot_be_read_is_a_warning(state, message):
     with pytest.warns(UserWarning, match=message):
         callback.load_state_dict(state)
     assert callback.report is None
+
+
+def test_a_damaged_picture_in_a_checkpoint_stops_nothing():
+    report = sample_report()
+    content = CallbackState(report, 7).to_dict()
+    content["report"]["cards"][0]["rows"][0]["images"][0]["jpeg"] = "bm8gcGljdHVyZQ=="
+    restored = CallbackState.from_dict(content)
+    assert restored.analysed_step == 7
+    assert restored.report.channels == report.channels
+    assert restored.report.cards[0].rows[0].images[0].pixels is None
+    assert restored.to_dict()["report"]["cards"] == content["report"]["cards"]
 
 
 def test_a_checkpoint_before_the_last_validation_holds_the_report_without_choosing_a_plan(module, tmp_path):

@@ -2,12 +2,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
 from lightning_polydis.thumbnails import (
     LARGEST,
     SMALLEST,
+    UNCOUNTED,
     check_denormalize,
     images_of,
     normalisation_of,
@@ -84,7 +85,6 @@ def test_large_images_become_small_and_keep_their_shape():
 
 def test_side_follows_from_the_memory():
     assert thumbnail_side(10, 2**20) == LARGEST
-    assert thumbnail_side(10**6, 2**20) == SMALLEST
     side = thumbnail_side(1000, 128 * 2**20 / 10)
     assert SMALLEST < side < LARGEST
     assert 3 * side**2 * 1000 <= 128 * 2**20 / 10
@@ -136,3 +136,40 @@ def test_the_data_sets_normalisation_is_found(wrap, place):
 )
 def test_data_without_normalisation(loader):
     assert normalisation_of(loader) is None
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3, 1, 1), (3, 1, 1)])
+def test_mean_and_standard_deviation_as_tensors(shape):
+    class Own:
+        mean, std = torch.tensor(MEAN).view(shape), torch.tensor(STD).view(shape)
+
+    found = normalisation_of(DataLoader(ConcatDataset([Photos(Own()), Photos(None)])))
+    assert torch.tensor(found).allclose(torch.tensor([MEAN, STD]))
+
+
+@pytest.mark.parametrize("mean", [torch.tensor(0.5), torch.zeros(4), "0.5", object()])
+def test_what_is_no_normalisation_is_passed_over(mean):
+    class Own:
+        std = torch.ones(2)
+
+    Own.mean = mean
+    assert normalisation_of(DataLoader(Photos(Own()))) is None
+
+
+def test_a_data_set_that_refuses_to_be_asked():
+    class Refuses:
+        def __getattr__(self, name):
+            raise RuntimeError("do not touch")
+
+    assert normalisation_of(Refuses()) is None
+
+
+def test_the_loader_that_is_analysed_is_asked():
+    loaders = [DataLoader(Photos(None)), DataLoader(Photos(v2.Normalize(MEAN, STD)))]
+    assert normalisation_of(loaders) is None
+    assert normalisation_of(loaders, 1) == (list(MEAN), list(STD))
+
+
+def test_no_thumbnails_where_they_would_be_too_small():
+    assert thumbnail_side(10**6, 2**20) == 0
+    assert thumbnail_side(None, 2**20) == UNCOUNTED

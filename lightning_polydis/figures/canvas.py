@@ -41,14 +41,18 @@ BANDWIDTH = 0.03
 
 
 def new_figure(wanted_by: str) -> Figure:
-    """An empty figure that belongs to the caller alone: it does not go through ``pyplot``."""
+    """An empty figure that belongs to the caller alone: it does not go through ``pyplot``, and shows texts as they are.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing; ``wanted_by`` is then named.
+    """
     try:
-        from matplotlib.figure import Figure
+        from lightning_polydis.figures.literal import LiteralFigure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"`{wanted_by}` needs matplotlib: pip install 'lightning-polydis[figures]'."
         ) from error
-    return Figure(facecolor="white")
+    return LiteralFigure(facecolor="white")
 
 
 def pixels_of(images: Tensor) -> np.ndarray:
@@ -289,7 +293,7 @@ class Grid:
         self._cell = (GRID_CELL, GRID_CELL * min(max(aspect, 0.5), 2.0))
         self._top = MARGIN + (TITLE_HEIGHT if title else 0.0)
         self._width = 2 * MARGIN + LABEL_WIDTH + n_columns * (self._cell[0] + CELL_GAP) - CELL_GAP
-        self._height = self._top + n_rows * (self._cell[1] + CELL_GAP) - CELL_GAP + MARGIN
+        self._height = self._top + n_rows * (self._cell[1] + CELL_GAP) - CELL_GAP + FOOTER_HEIGHT
         figure.set_size_inches(self._width, self._height)
         self._text(MARGIN, title, size=fitting_size(title, self._width - 2 * MARGIN, 13), weight="bold", va="top")
 
@@ -311,6 +315,10 @@ class Grid:
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(visible=colour is not None, color=colour or "none", linewidth=2)
+
+    def note(self, text: str) -> None:
+        """A remark under all rows."""
+        self._text(self._height - FOOTER_HEIGHT + 0.14, text, size=8.5, color=QUIET_COLOUR, va="top")
 
     def _text(self, top: float, text: str, **style: Any) -> None:
         style["fontsize"], style["fontweight"] = style.pop("size"), style.pop("weight", "normal")

@@ -43,11 +43,12 @@ def card_figure(
 ) -> Figure:
     """Draw the card of a polysemantic channel.
 
-    One row for the original channel and one for each concept channel (7 at most). A row shows the images that activate
-    it most, cut to where it is active, framed in the colour of the concept that their class belongs to (grey: no
-    concept's) and with the name of that class; then how its activation is distributed over the images of each concept;
-    then the inputs that add most to the concept, and how much of each is the concept's own. In the first row instead:
-    how similar the relevance vectors of the channel's classes are.
+    One row for the original channel and one for each concept channel that the card shows (7 at most). A row shows the
+    images that activate it most, cut to where it is active, framed in the colour of the concept that their class
+    belongs to (grey: no concept's) and with the name of that class; then how its activation is distributed over the
+    images of each concept; then the inputs that add most to the concept, and how much of each is the concept's own. In
+    the first row instead: how similar the relevance vectors of the channel's classes are. Images and densities are of
+    all calibration samples, also those that chose the split.
 
     Args:
         card: One of `PolysemanticityReport.cards`.
@@ -83,8 +84,10 @@ def card_figure(
     for index in range(len(rows)):
         _draw_row(canvas, card, index, class_names, visualization)
         for column, image in enumerate(rows[index].images[:n_columns]):
-            caption = named(image.target, class_names)
-            canvas.image(index, column, _pixels(image), _frame_colour(card, image), caption=caption)
+            if image.pixels is None:  # damaged in the file that it comes from
+                continue
+            pixels, caption = pixels_of(image.pixels[None])[0], named(image.target, class_names)
+            canvas.image(index, column, pixels, _frame_colour(card, image), caption=caption)
     _draw_facts(canvas, card)
     if remarks := _remarks(card, n_columns):
         canvas.note("; ".join(remarks))
@@ -100,10 +103,10 @@ def _check(
     last = max(card.classes, default=0)
     if class_names is not None and last >= len(class_names):
         raise ValueError(f"Expected argument `class_names` to name class {last}, but got {len(class_names)} names.")
-    if visualization is not None and len(visualization.parts) != len(card.concepts):
+    n_concepts = card.n_concepts or len(card.concepts)
+    if visualization is not None and len(visualization.parts) != n_concepts:
         raise ValueError(
-            f"Expected argument `visualization` to show {len(card.concepts)} concepts, but got "
-            f"{len(visualization.parts)}."
+            f"Expected argument `visualization` to show {n_concepts} concepts, but got {len(visualization.parts)}."
         )
     if n_images < 1:
         raise ValueError(f"Expected argument `n_images` to be at least 1, but got {n_images}.")
@@ -129,11 +132,6 @@ def _draw_row(
         axes = canvas.side(index, f"row {index}, sources", BARS_WIDTH, inset=BARS_LEFT)
         largest = max((source.strength for sources in card.sources for source in sources), default=1.0)
         _draw_sources(axes, card.sources[index - 1][:MAX_SOURCES], max(largest, 1e-12), colour)
-
-
-def _pixels(image: CardImage) -> np.ndarray:
-    pixels: np.ndarray = pixels_of(image.pixels[None])[0]
-    return pixels
 
 
 def _frame_colour(card: ChannelCard, image: CardImage) -> str:
@@ -167,9 +165,8 @@ def _draw_facts(canvas: Canvas, card: ChannelCard) -> None:
     if any(card.sources):
         canvas.side_heading(1, "strongest inputs, share it takes")
     axes = canvas.side(0, "row 0, similarities", MATRIX_WIDTH, inset=MATRIX_LEFT)
-    sizes = [len(concept) for concept in card.concepts]
-    draw_similarities(axes, np.asarray(card.class_similarities), sizes)
-    lines = [f"lowest {card.cosine_similarity:.2f}"]
+    draw_similarities(axes, np.asarray(card.class_similarities), card.shown_classes())
+    lines = [f"lowest flagged {card.cosine_similarity:.2f}"]
     if card.interval is not None:
         lines.append(f"95 %: {card.interval[0]:.2f} to {card.interval[1]:.2f}")
     lines.append(f"threshold {card.threshold:.2f}")
@@ -180,9 +177,11 @@ def _draw_facts(canvas: Canvas, card: ChannelCard) -> None:
 
 def _remarks(card: ChannelCard, n_columns: int) -> list[str]:
     found = []
-    drawn = [image for row in card.rows[: len(CONCEPT_COLOURS) + 1] for image in row.images[:n_columns]]
+    n_drawn = min(len(card.concepts), len(CONCEPT_COLOURS))
+    drawn = [image for row in card.rows[: n_drawn + 1] for image in row.images[:n_columns]]
     if any(_concept_of(card, image) is None for image in drawn):
-        found.append("grey frame: image of a class that belongs to none of the concepts")
-    if len(card.concepts) > len(CONCEPT_COLOURS):
-        found.append(f"{len(card.concepts) - len(CONCEPT_COLOURS)} more concepts are not drawn")
+        owners = "the concepts" if n_drawn == (card.n_concepts or len(card.concepts)) else "the concepts drawn"
+        found.append(f"grey frame: image of a class that belongs to none of {owners}")
+    if more := card.beyond(n_drawn, len(card.classes)):
+        found.append(more)
     return found

@@ -77,6 +77,8 @@ def heatmap_figure(
         for row in range(n_concepts + 1):
             colour = TEXT_COLOUR if row == 0 else CONCEPT_COLOURS[row - 1]
             grid.image(row + 1, column, overlaid(picture, heatmaps, column, row), colour)
+    is_signed = bool((heatmaps.parts < 0).any() or (heatmaps.original < 0).any())
+    grid.note("red: for the class, blue: against it" if is_signed else "red: where it is seen")
     return figure
 
 

@@ -34,7 +34,8 @@ def draw_similarities(axes: Axes, matrix: np.ndarray, sizes: Sequence[int]) -> A
     axes.spines[:].set_visible(False)
     start = 0
     for index, size in enumerate(sizes):
-        _strip(axes, start / len(matrix), size / len(matrix), strip_colour(index))
+        if size:
+            _strip(axes, start / len(matrix), size / len(matrix), strip_colour(index))
         start += size
     return image
 

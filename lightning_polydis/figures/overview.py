@@ -120,7 +120,9 @@ def relevance_figure(overview: LayerOverview, *, class_names: Sequence[str] | No
 
 
 def class_similarity_figure(card: ChannelCard, *, class_names: Sequence[str] | None = None) -> Figure:
-    """Draw how similar a channel's relevance vectors are between the classes that it is relevant for.
+    """Draw how similar a channel's relevance vectors are between the classes that it is relevant for, as measured.
+
+    A low similarity alone is no flag: a calibrated threshold is compared with similarities without noise.
 
     Args:
         card: One of `PolysemanticityReport.cards`. At most 30 classes are drawn, the first ones of each concept.
@@ -152,25 +154,26 @@ def class_similarity_figure(card: ChannelCard, *, class_names: Sequence[str] | N
             colour = "white" if is_dark(image, float(value)) else TEXT_COLOUR
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
     _name_classes(axes, card, shown, sizes, class_names)
-    n_left_out = len(card.classes) - len(shown)
-    notes = [f"threshold {card.threshold:.2f}", *([f"{n_left_out} more classes are not drawn"] if n_left_out else [])]
-    axes.set_xlabel("; ".join(notes))
+    notes = [f"lowest flagged pair {card.cosine_similarity:.2f}, threshold {card.threshold:.2f}"]
+    if more := card.beyond(sum(size > 0 for size in sizes), len(shown)):
+        notes.append(more)
+    axes.set_xlabel("\n".join(notes))
     figure.colorbar(image, ax=axes, aspect=15, shrink=0.9, pad=0.02)
     return figure
 
 
 def _first_of_each(card: ChannelCard, at_most: int) -> tuple[list[int], list[int]]:
     """Places in ``card.classes`` that are drawn, and how many of each concept: as even as the concepts allow."""
-    limit = at_most
-    while sum(min(len(concept), limit) for concept in card.concepts) > at_most and limit > 1:
+    limit, known = at_most, card.shown_classes()
+    while sum(min(size, limit) for size in known) > at_most and limit > 1:
         limit -= 1
     shown: list[int] = []
     sizes: list[int] = []
     start = 0
-    for concept in card.concepts[:at_most]:
-        sizes.append(min(len(concept), limit))
+    for size in known[:at_most]:
+        sizes.append(min(size, limit))
         shown += range(start, start + sizes[-1])
-        start += len(concept)
+        start += size
     return shown, sizes
 
 
