@@ -13,9 +13,10 @@ pytest.importorskip("matplotlib")
 from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from lightning_polydis import ConceptHeatmaps, ConceptQuality, SplitQuality
+from lightning_polydis import ConceptHeatmaps, ConceptQuality, SplitQuality, figures
 from lightning_polydis.cards import CardImage, CardRow, ChannelCard, EpochEntry, LayerOverview, SourceShare
 from lightning_polydis.figures import (
     CONCEPT_COLOURS,
@@ -436,7 +437,9 @@ def test_names_that_look_like_formulas_are_shown_as_they_are(name):
     maps = ConceptHeatmaps(name, 3, concepts, torch.rand(6, 8, 8), torch.rand(6, 2, 8, 8))
     seen = ChannelVisualization(name, 3, concepts, torch.rand(3, 8, 8), torch.rand(2, 3, 8, 8))
     split = (images, targets, torch.rand(6), torch.rand(6, 2), concepts)
-    for figure in (
+    empty = make_overview(layer=name, channels=[], classes=[], relevance=[])
+    drawn = [
+        relevance_figure(empty),
         card_figure(card, class_names=names),
         class_similarity_figure(card, class_names=names),
         similarity_figure(report.overviews[0]),
@@ -447,13 +450,16 @@ def test_names_that_look_like_formulas_are_shown_as_they_are(name):
         split_figure(*split, title=name, class_names=names),
         heatmap_figure(images, maps, title=name, class_names=names),
         visualization_figure([seen], class_names=names),
-    ):
+    ]
+    assert len(drawn) - 1 == len([name for name in figures.__all__ if name.endswith("_figure")])
+    for figure in drawn:
         figure.savefig(io.BytesIO(), format="svg")
         figure.savefig(io.BytesIO(), format="png", bbox_inches="tight")
         found = figure.findobj(Text)
         assert any(name in text.get_text() for text in found)
         assert not any(text.get_parse_math() for text in found)
         pickle.loads(pickle.dumps(figure)).savefig(io.BytesIO())
+        assert type(figure) is Figure, "Neptune knows figures by the name of their class"
 
 
 def test_figures_belong_to_the_caller_alone():

@@ -174,7 +174,6 @@ def test_bad_arguments(data, changes, message):
 
 
 def test_missing_matplotlib_is_explained(data, monkeypatch):
-    monkeypatch.delitem(sys.modules, "lightning_polydis.figures.literal", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-polydis\[figures\]'"):
         split_figure(**data)

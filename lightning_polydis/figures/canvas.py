@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+P = ParamSpec("P")
 
 CONCEPT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 """One colour for each concept: those of Okabe and Ito, which colour-blind people can tell apart."""
@@ -41,18 +44,32 @@ BANDWIDTH = 0.03
 
 
 def new_figure(wanted_by: str) -> Figure:
-    """An empty figure that belongs to the caller alone: it does not go through ``pyplot``, and shows texts as they are.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is missing; ``wanted_by`` is then named.
-    """
+    """An empty figure that belongs to the caller alone: it does not go through ``pyplot``."""
     try:
-        from lightning_polydis.figures.literal import LiteralFigure
+        from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"`{wanted_by}` needs matplotlib: pip install 'lightning-polydis[figures]'."
         ) from error
-    return LiteralFigure(facecolor="white")
+    return Figure(facecolor="white")
+
+
+def literal(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Have a figure show its texts as they are: in names of classes and layers, ``$`` begins no formula."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **options: P.kwargs) -> Figure:
+        from matplotlib.text import Text
+
+        figure = draw(*args, **options)
+        for text in figure.findobj(
+            Text
+        ):  # not a subclass of `Figure`: Neptune knows figures by the name of their class
+            assert isinstance(text, Text)
+            text.set_parse_math(False)
+        return figure
+
+    return drawn
 
 
 def pixels_of(images: Tensor) -> np.ndarray:

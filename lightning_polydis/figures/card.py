@@ -13,6 +13,7 @@ from lightning_polydis.figures.canvas import (
     QUIET_COLOUR,
     TEXT_COLOUR,
     Canvas,
+    literal,
     named,
     new_figure,
     pixels_of,
@@ -34,6 +35,7 @@ BARS_LEFT, BARS_WIDTH = 0.4, 1.6
 MATRIX_LEFT, MATRIX_WIDTH = 0.12, 0.86
 
 
+@literal
 def card_figure(
     card: ChannelCard,
     *,

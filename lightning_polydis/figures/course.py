@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_polydis.figures.canvas import CONCEPT_COLOURS, QUIET_COLOUR, TEXT_COLOUR, new_figure, readable, shortened
+from lightning_polydis.figures.canvas import (
+    CONCEPT_COLOURS,
+    QUIET_COLOUR,
+    TEXT_COLOUR,
+    literal,
+    new_figure,
+    readable,
+    shortened,
+)
 from lightning_polydis.figures.overview import layer_title, say, set_up
 
 if TYPE_CHECKING:
@@ -27,6 +35,7 @@ END = 2.0
 """Where the axes of distortion and leak end at the latest; what is worse is drawn at the edge."""
 
 
+@literal
 def quality_figure(qualities: Sequence[SplitQuality], layer: str) -> Figure:
     """Draw how well the splits of a layer do, each split a point.
 
@@ -98,6 +107,7 @@ def _draw_separation(axes: Axes, points: np.ndarray) -> None:
     _finish(axes, "telling concepts apart; above the line: better than before")
 
 
+@literal
 def history_figure(history: Sequence[EpochEntry]) -> Figure:
     """Draw what was found in each analysed epoch of a run.
 

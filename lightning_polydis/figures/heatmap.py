@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from lightning_polydis.figures.canvas import CONCEPT_COLOURS, TEXT_COLOUR, Grid, new_figure, pixels_of, row_label
+from lightning_polydis.figures.canvas import (
+    CONCEPT_COLOURS,
+    TEXT_COLOUR,
+    Grid,
+    literal,
+    new_figure,
+    pixels_of,
+    row_label,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +35,7 @@ PALE = 0.55
 """How much of the way to white an image is brought before a map is laid over it."""
 
 
+@literal
 def heatmap_figure(
     images: Tensor,
     heatmaps: ConceptHeatmaps,

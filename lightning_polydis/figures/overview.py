@@ -11,6 +11,7 @@ from lightning_polydis.figures.canvas import (
     QUIET_COLOUR,
     TEXT_COLOUR,
     fitting_size,
+    literal,
     named,
     new_figure,
     readable,
@@ -31,6 +32,7 @@ NAME_LENGTH, TITLE_LENGTH = 24, 40
 CANDIDATE_COLOUR, FLAGGED_COLOUR, THRESHOLD_COLOUR = "#BBBBBB", CONCEPT_COLOURS[1], CONCEPT_COLOURS[0]
 
 
+@literal
 def similarity_figure(overview: LayerOverview) -> Figure:
     """Draw how similar the pairs of classes are that the layer's channels are relevant for, and which were flagged.
 
@@ -75,6 +77,7 @@ def _draw_thresholds(axes: Axes, thresholds: tuple[float, float]) -> None:
         axes.axvspan(low, high, color=THRESHOLD_COLOUR, alpha=0.25, linewidth=0, label=label)
 
 
+@literal
 def relevance_figure(overview: LayerOverview, *, class_names: Sequence[str] | None = None) -> Figure:
     """Draw for how large a part of a class's images each channel is relevant.
 
@@ -119,6 +122,7 @@ def relevance_figure(overview: LayerOverview, *, class_names: Sequence[str] | No
     return figure
 
 
+@literal
 def class_similarity_figure(card: ChannelCard, *, class_names: Sequence[str] | None = None) -> Figure:
     """Draw how similar a channel's relevance vectors are between the classes that it is relevant for, as measured.
 

@@ -12,6 +12,7 @@ from lightning_polydis.figures.canvas import (
     OTHER_COLOUR,
     TEXT_COLOUR,
     Canvas,
+    literal,
     new_figure,
     pixels_of,
     row_label,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_polydis.visualization import ChannelVisualization
 
 
+@literal
 def split_figure(
     images: Tensor,
     targets: Tensor,

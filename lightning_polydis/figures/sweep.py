@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_polydis.figures.canvas import CONCEPT_COLOURS, TEXT_COLOUR, new_figure
+from lightning_polydis.figures.canvas import CONCEPT_COLOURS, TEXT_COLOUR, literal, new_figure
 from lightning_polydis.figures.overview import layer_title
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_polydis.sweep import LayerSweep
 
 
+@literal
 def sweep_figure(sweep: LayerSweep, settings: Mapping[str, Any]) -> Figure:
     """Draw what other settings would have found in a layer.
 

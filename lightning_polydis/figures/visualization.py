@@ -9,6 +9,7 @@ from lightning_polydis.figures.canvas import (
     CONCEPT_COLOURS,
     MARGIN,
     TEXT_COLOUR,
+    literal,
     new_figure,
     pixels_of,
     row_label,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 IMAGE, IMAGE_GAP, HEADING_HEIGHT, LABEL_HEIGHT, ROW_GAP = 1.7, 0.2, 0.32, 0.62, 0.35
 
 
+@literal
 def visualization_figure(
     visualizations: Sequence[ChannelVisualization], *, class_names: Sequence[str] | None = None
 ) -> Figure:
