@@ -78,7 +78,9 @@ class OverviewPart:
     @property
     def compares_without_noise(self) -> bool:
         """Whether a near miss has one similarity as measured and, as the page shows it, another that was compared."""
-        return any(_number(miss.compared) != _number(miss.cosine_similarity) for miss in self.overview.near_misses)
+        return any(
+            _number(miss.compared, 3) != _number(miss.cosine_similarity, 3) for miss in self.overview.near_misses
+        )
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def _similarities(overview: LayerOverview) -> str:
     limits = overview.edges[filled[0]], overview.edges[filled[-1] + 1]
     threshold = f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
     return (
-        f"Histogram of the similarities of {sum(counts)} candidate pairs of classes, from {limits[0]:.2f} to "
+        f"Histogram of the similarities of {sum(counts)} candidate pairs of classes, in bins from {limits[0]:.2f} to "
         f"{limits[1]:.2f}; {sum(overview.n_flagged_pairs)} are flagged, at a threshold of {threshold}."
     )
 
@@ -123,7 +123,7 @@ def _quality(quality: list[SplitQuality]) -> str:
         if values:
             text = name.upper() if name == "auroc" else name
             parts.append(f"{text} {min(values):.2f} to {max(values):.2f}, median {np.median(values):.2f}")
-    return f"Quality of {len(quality)} splits: {'; '.join(parts)}."
+    return f"Quality of {len(quality)} split{'s' * (len(quality) != 1)}: {'; '.join(parts)}."
 
 
 def _sweep(sweep: LayerSweep) -> str:

@@ -203,8 +203,8 @@ def test_no_flag_shows_how_close_it_was_and_what_to_try():
     page = Page(to_html(sample_report(n_flagged=0)))
     assert "No channel was flagged" in page.text
     assert (
-        "channel 60, whose classes class 0 and class 1 have a similarity of 0.61, 0.55 with noise taken out, against a "
-        "threshold of 0.50"
+        "channel 60, whose classes class 0 and class 1 have a similarity of 0.610, 0.550 with noise taken out, "
+        "against a threshold of 0.500"
     ) in page.text
     assert sample_report(n_flagged=0).suggest_settings().reason in page.text
     assert [one for one in page.all("details") if "open" in one]
@@ -317,12 +317,12 @@ def test_tables_of_similarities_stay_readable():
 def test_near_misses_name_what_was_compared_where_it_differs():
     report = sample_report()
     page = Page(to_html(report))
-    assert "0.61 0.55 0.50" in page.text
+    assert "0.610 0.550 0.500" in page.text
     assert "Compared: what is held against the threshold" in page.text
     (overview,) = report.overviews
     plain = [replace(miss, compared=miss.cosine_similarity) for miss in overview.near_misses]
     page = Page(to_html(replace(report, _saved_overviews=[replace(overview, near_misses=plain)])))
-    assert "0.61 0.50" in page.text
+    assert "0.610 0.500" in page.text
     assert "Compared" not in page.text
 
 
