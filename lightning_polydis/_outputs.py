@@ -79,7 +79,7 @@ class Outputs:
             yield
         except OSError as error:
             rank_zero_warn(f"{what} could not be written to {where}: {error}.")
-        except Exception:
+        except Exception:  # ours: what comes after is written all the same
             if self._strict:
                 raise
             rank_zero_warn(f"{what} could not be written to {where}:\n{traceback.format_exc()}")
