@@ -206,3 +206,38 @@ def test_pictures_are_denormalised(network):
         network, [(images, targets)], LAYER, denormalize=lambda batch: torch.full_like(batch, 0.5), **SETTINGS
     )
     assert report.cards[0].rows[0].images[0].pixels.unique().tolist() == [128]
+
+
+def test_a_card_speaks_of_its_lowest_flagged_pair(report):
+    for card in report.cards:
+        own = [pair for pair in report.pairs if (pair.layer, pair.channel) == (card.layer, card.channel)]
+        lowest = min(own, key=lambda pair: pair.cosine_similarity)
+        assert (card.cosine_similarity, card.interval) == (lowest.cosine_similarity, lowest.interval)
+
+
+def test_cards_show_so_many_concepts_and_classes_and_say_how_many_there_are(network, monkeypatch):
+    monkeypatch.setattr("lightning_polydis.card_builder.MAX_CONCEPTS", 1)
+    monkeypatch.setattr("lightning_polydis.card_builder.MAX_CLASSES", 1)
+    found = find_polysemantic_channels(network, make_batches(n=96), LAYER, **SETTINGS)
+    for card, channel in zip(found.cards, found.channels, strict=True):
+        assert card.concepts == channel.concepts[:1]
+        assert len(card.rows) == 2
+        assert (card.classes, card.class_similarities) == (channel.concepts[0][:1], [[1.0]])
+        assert (card.n_concepts, card.n_classes) == (len(channel.concepts), len(channel.classes))
+
+
+def test_near_misses_say_what_was_measured_and_what_was_compared(network):
+    """With "auto" the noise is taken out first, and what may be noise alone is no near miss."""
+    place = {"relevance_threshold": 0.02, "class_fraction": 0.3, "progress": False}
+    found = find_polysemantic_channels(network, make_batches(n=32), LAYER, **place)
+    evidence, misses = found._evidence[LAYER], found.overviews[0].near_misses
+    assert misses
+    flagged = {channel.channel for channel in found.channels}
+    for miss in misses:
+        assert miss.channel not in flagged
+        classes = evidence.relevant()[:, miss.channel].nonzero()[:, 0].tolist()
+        similarities = evidence.similarities(miss.channel, classes)
+        a, b = classes.index(miss.class_a), classes.index(miss.class_b)
+        assert miss.cosine_similarity == pytest.approx(similarities.cosine[a, b])
+        assert miss.compared == pytest.approx(similarities.corrected[a, b])
+        assert miss.compared < 1
