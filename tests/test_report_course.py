@@ -170,6 +170,6 @@ def test_no_batch_and_no_copy_outlive_an_epoch(tmp_path):
         assert callback.report.channels
         del trainer
         assert [reference() for reference in alive].count(None) == len(alive) == 3
-        assert n_networks() == before
+        assert n_networks() <= before
     finally:
         gc.enable()
