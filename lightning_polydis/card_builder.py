@@ -48,9 +48,9 @@ def build_card(
     assert samples is not None  # or there would be no split
     seen = _seen(evidence, samples, split)
     concepts = split.concepts[:MAX_CONCEPTS]
-    classes = [label for concept in concepts for label in concept]
     n_classes = sum(map(len, split.concepts))
-    classes = classes[:MAX_CLASSES]
+    share = None if n_classes <= MAX_CLASSES else max(1, MAX_CLASSES // len(concepts))  # some of each concept
+    classes = [label for concept in concepts for label in concept[:share]]
     lowest = min(pairs, key=lambda pair: pair.cosine_similarity)
     similarities = evidence.similarities(split.channel, classes).cosine
     threshold = evidence.rule.threshold(split.channel) if channel.threshold is None else channel.threshold

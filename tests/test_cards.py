@@ -226,6 +226,17 @@ def test_cards_show_so_many_concepts_and_classes_and_say_how_many_there_are(netw
         assert (card.n_concepts, card.n_classes) == (len(channel.concepts), len(channel.classes))
 
 
+def test_classes_are_taken_from_all_concepts(network, monkeypatch):
+    monkeypatch.setattr("lightning_polydis.card_builder.MAX_CLASSES", 2)
+    place = {**SETTINGS, "class_fraction": 0.2, "similarity_threshold": 0.9}
+    found = find_polysemantic_channels(network, make_batches(n=96), LAYER, **place)
+    cut = [card for card in found.cards if card.n_classes is not None]
+    assert cut
+    for card in cut:
+        assert card.classes == [concept[0] for concept in card.concepts]
+        assert len(card.class_similarities) == len(card.classes)
+
+
 def test_near_misses_say_what_was_measured_and_what_was_compared(network):
     """With "auto" the noise is taken out first, and what may be noise alone is no near miss."""
     place = {"relevance_threshold": 0.02, "class_fraction": 0.3, "progress": False}
