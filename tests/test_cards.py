@@ -228,7 +228,7 @@ def test_cards_show_so_many_concepts_and_classes_and_say_how_many_there_are(netw
 
 def test_classes_are_taken_from_all_concepts(network, monkeypatch):
     monkeypatch.setattr("lightning_polydis.card_builder.MAX_CLASSES", 2)
-    place = {**SETTINGS, "class_fraction": 0.2, "similarity_threshold": 0.9}
+    place = {**SETTINGS, "relevance_threshold": 0.001, "class_fraction": 0.1, "similarity_threshold": 0.9}
     found = find_polysemantic_channels(network, make_batches(n=96), LAYER, **place)
     cut = [card for card in found.cards if card.n_classes is not None]
     assert cut
