@@ -159,14 +159,9 @@ def _sources(evidence: LayerEvidence, samples: Samples, split: ChannelSplit, con
 
 
 class _Candidate(NamedTuple):
-    """A candidate channel, its least similar classes, their similarities and the threshold; all similarities."""
+    """A candidate channel: how near it comes to a flag, and the similarities of all its pairs."""
 
-    channel: int
-    class_a: int
-    class_b: int
-    cosine_similarity: float
-    compared: float
-    threshold: float
+    miss: NearMiss
     cosines: np.ndarray
 
 
@@ -187,9 +182,9 @@ def build_overview(
     cosines = np.concatenate([np.empty(0), *seen])
     low = min(0.0, float(np.floor(cosines.min(initial=0) * 10) / 10))
     edges = np.linspace(low, 1, N_BINS + 1)
-    thresholds = [candidate.threshold for candidate in candidates] or [evidence.rule.threshold(0)]
-    others = sorted((c for c in candidates if c.channel not in set(flagged)), key=_missed_by)
-    shown = [*flagged, *(candidate.channel for candidate in others)][:N_CHANNELS]
+    thresholds = [candidate.miss.threshold for candidate in candidates] or [evidence.rule.threshold(0)]
+    others = sorted((c.miss for c in candidates if c.miss.channel not in set(flagged)), key=_missed_by)
+    shown = [*flagged, *(miss.channel for miss in others)][:N_CHANNELS]
     classes = _classes_of(evidence, shown)
     return LayerOverview(
         evidence.name,
@@ -201,12 +196,12 @@ def build_overview(
         classes,
         _fractions(evidence, shown, classes),
         # What is no less alike than two halves of one class may be is compared as 1, and misses by any measure.
-        [NearMiss(*candidate[:6]) for candidate in others if candidate.compared < 1][:N_NEAR],
+        [miss for miss in others if miss.compared < 1][:N_NEAR],
     )
 
 
-def _missed_by(candidate: _Candidate) -> float:
-    return candidate.compared - candidate.threshold
+def _missed_by(miss: NearMiss) -> float:
+    return miss.compared - miss.threshold
 
 
 def _candidates(evidence: LayerEvidence) -> Iterator[_Candidate]:
@@ -217,15 +212,15 @@ def _candidates(evidence: LayerEvidence) -> Iterator[_Candidate]:
         rows, columns = np.triu_indices(len(classes), k=1)
         compared, cosines = evidence.rule.compared(found)[rows, columns], found.cosine[rows, columns]
         least = int(np.lexsort((cosines, compared))[0])
-        yield _Candidate(
+        miss = NearMiss(
             channel,
             classes[rows[least]],
             classes[columns[least]],
             float(cosines[least]),
             float(compared[least]),
             float(evidence.rule.threshold(channel)),
-            cosines,
         )
+        yield _Candidate(miss, cosines)
 
 
 def _classes_of(evidence: LayerEvidence, channels: Sequence[int]) -> list[int]:

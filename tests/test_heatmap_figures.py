@@ -7,6 +7,7 @@ import torch
 from lightning_polydis import ChannelVisualization, ConceptHeatmaps
 from lightning_polydis.figures import heatmap_figure, split_figure
 from lightning_polydis.figures.heatmap import AGAINST, FOR, overlaid
+from tests.pictures import assert_nothing_overlaps
 
 CONCEPTS = [[0], [1]]
 
@@ -45,6 +46,15 @@ def test_a_row_for_the_images_the_channel_and_each_concept():
     assert "red: for the class, blue: against it" in texts
     positive = heatmap_figure(torch.rand(2, 12, 12), maps(value=1.0))
     assert "red: where it is seen" in [text.get_text() for text in positive.texts]
+
+
+@pytest.mark.parametrize(("n_images", "k"), [(1, 2), (6, 2), (12, 7)])
+def test_nothing_overlaps(n_images, k):
+    names = [f"Staffordshire_bull {index} terrier, a kind of dog" for index in range(k)]
+    title = "A long title: channel 1234 of features.denseblock4.denselayer16.conv2"
+    found = maps(n=n_images, k=k)
+    assert_nothing_overlaps(heatmap_figure(torch.rand(n_images, 12, 12), found, title=title, class_names=names))
+    assert_nothing_overlaps(heatmap_figure(torch.rand(n_images, 12, 12), found))
 
 
 @pytest.mark.parametrize(("value", "colour"), [(2.0, FOR), (-2.0, AGAINST)])

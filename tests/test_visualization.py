@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 pytest.importorskip("horama")
 pytest.importorskip("matplotlib")
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from PIL import Image
 
@@ -22,6 +21,7 @@ from lightning_polydis.figures import CONCEPT_COLOURS
 from lightning_polydis.figures.visualization import visualization_figure
 from lightning_polydis.visualization import ChannelVisualization, visualize_channels
 from tests.networks import Classifier, conv_relu_net
+from tests.pictures import assert_nothing_overlaps
 
 QUICK = {"input_size": 12, "steps": 8, "progress": False}
 LAYER = "2"
@@ -524,18 +524,7 @@ def test_nothing_overlaps(counts):
     layer = "features.denseblock4.denselayer16.conv2"
     names = [f"Staffordshire_bull {index} terrier, a kind of dog" for index in range(14)]
     figure = visualization_figure([example(count, layer) for count in counts], class_names=names)
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw(renderer)
-    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in figure.texts]
-    boxes += [(axes.get_label(), axes.get_tightbbox(renderer)) for axes in figure.axes]
-    whole = figure.bbox
-    for index, (name, box) in enumerate(boxes):
-        assert whole.x0 <= box.x0 < box.x1 <= whole.x1, name
-        assert whole.y0 <= box.y0 < box.y1 <= whole.y1, name
-        for other_name, other in boxes[:index]:
-            across = min(box.x1, other.x1) - max(box.x0, other.x0)
-            down = min(box.y1, other.y1) - max(box.y0, other.y0)
-            assert across <= 1 or down <= 1, (name, other_name)
+    assert_nothing_overlaps(figure)
 
 
 def test_no_warnings(net):

@@ -338,5 +338,7 @@ class Grid:
         self._text(self._height - FOOTER_HEIGHT + 0.14, text, size=8.5, color=QUIET_COLOUR, va="top")
 
     def _text(self, top: float, text: str, **style: Any) -> None:
+        if not text:
+            return
         style["fontsize"], style["fontweight"] = style.pop("size"), style.pop("weight", "normal")
         self._figure.text(MARGIN / self._width, 1 - top / self._height, text, **style)
