@@ -23,8 +23,9 @@ class CardImage:
 
     Attributes:
         content: The part of the image in which the channel is active, ``[3, h, w]``, ``uint8``, or a JPEG file of it.
-        target: Its class.
+        target: Its class, or with ``concepts="clusters"`` its cluster, -1 if it is in none.
         activation: Of the channel in whose row it stands: position sum of the positive part in the row's direction.
+        label: Its class with ``concepts="clusters"``, where it is known; else `None`.
 
     Example:
         >>> saved = CardImage(torch.zeros(3, 8, 8, dtype=torch.uint8), target=0, activation=2.0).to_json()
@@ -36,6 +37,7 @@ class CardImage:
     content: Tensor | bytes
     target: int
     activation: float
+    label: int | None = None
 
     @cached_property
     def pixels(self) -> Tensor | None:
@@ -63,12 +65,13 @@ class CardImage:
             "jpeg": base64.b64encode(self.jpeg()).decode(),
             "target": self.target,
             "activation": self.activation,
+            "label": self.label,
         }
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> CardImage:
         """The image that `to_json` described, as well as JPEG keeps it; decoded when its `pixels` are asked for."""
-        return CardImage(base64.b64decode(content["jpeg"]), content["target"], content["activation"])
+        return CardImage(base64.b64decode(content["jpeg"]), content["target"], content["activation"], content.get("label"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +138,8 @@ class ChannelCard:
         class_similarities: Similarity of each two of these classes, flagged as a pair or not, in their order.
         n_concepts: How many concepts there are; `None`: the card shows all.
         n_classes: How many classes the channel is relevant for; `None`: the card shows all.
+        names: With ``concepts="clusters"``, where ``classes`` are numbers of clusters, the name of each concept that
+            the card shows; else `None`.
     """
 
     layer: str
@@ -150,6 +155,7 @@ class ChannelCard:
     class_similarities: list[list[float]]
     n_concepts: int | None = None
     n_classes: int | None = None
+    names: list[str] | None = None
 
     def shown_classes(self) -> list[int]:
         """How many of ``classes`` belong to each of the concepts."""

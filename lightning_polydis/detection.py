@@ -58,6 +58,11 @@ class PolysemanticChannel:
             known one; `None` where it was not measured.
         threshold: The similarity threshold that applied to it.
         is_clear: Whether the interval of at least one pair lies below the threshold; `None` where it was not measured.
+        contents: With ``concepts="clusters"``, where ``classes`` are numbers of clusters: the real classes that fill
+            each concept and their share of its images, most frequent first, at most five (none where no classes are
+            known). `None` with ``concepts="classes"``.
+        stability: With ``concepts="clusters"``, how well clusters found in one half of the images agree with those
+            found in the other: adjusted Rand index, 1 is perfect, 0 is chance; the least of its directions.
     """
 
     layer: str
@@ -68,6 +73,8 @@ class PolysemanticChannel:
     reliability: float | None = None
     threshold: float | None = None
     is_clear: bool | None = None
+    contents: list[list[tuple[int, float]]] | None = None
+    stability: float | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from lightning_polydis._checks import InputError
 from lightning_polydis._files import parse, read_json, write_json
 from lightning_polydis.card_builder import RelevanceTable, build_card, build_overview, relevance_table
 from lightning_polydis.cards import MAX_TRACKED, ChannelCard, EpochEntry, LayerOverview
+from lightning_polydis.clusters.evidence import ClusterEvidence
+from lightning_polydis.clusters.names import cluster_name
 from lightning_polydis.detection import PolysemanticChannel, PolysemanticPair
 from lightning_polydis.evaluation import SplitQuality
 from lightning_polydis.layers import find_layer
@@ -77,6 +79,7 @@ class PolysemanticityReport:
     _saved_sweeps: list[LayerSweep] | None = field(default=None, repr=False)
     _saved_cards: list[ChannelCard] | None = field(default=None, repr=False)
     _saved_overviews: list[LayerOverview] | None = field(default=None, repr=False)
+    _saved_names: dict[tuple[str, int], list[str]] | None = field(default=None, repr=False)
 
     @cached_property
     def plan(self) -> SplitPlan | None:
@@ -246,6 +249,31 @@ class PolysemanticityReport:
         names = self.class_names or []
         return names[class_index] if 0 <= class_index < len(names) else str(class_index)
 
+    @property
+    def has_clusters(self) -> bool:
+        """Whether concepts are clusters (``concepts="clusters"``), not groups of classes."""
+        return self.settings.get("concepts") == "clusters"
+
+    @cached_property
+    def concept_names(self) -> dict[tuple[str, int], list[str]]:
+        """Name of each concept of each flagged channel, by layer and channel; worked out when first asked for.
+
+        The names of its classes. For clusters what ``describe_fn`` says of their images; without it the classes that
+        fill them, with their shares, and where no classes are known a number.
+        """
+        if self._saved_names is not None:
+            return self._saved_names
+        return {(found.layer, found.channel): self._names_of(found) for found in self.channels}
+
+    def _names_of(self, found: PolysemanticChannel) -> list[str]:
+        evidence = None if self._evidence is None else self._evidence[found.layer]
+        described = evidence.described(found) if isinstance(evidence, ClusterEvidence) else None
+        if described is not None:
+            return described
+        if found.contents is not None:
+            return [cluster_name(number, own, self.label) for number, own in enumerate(found.contents, start=1)]
+        return [", ".join(map(self.label, concept)) for concept in found.concepts]
+
     def scalars(self) -> dict[str, float]:
         """Figures to log: ``polydis/<layer>/<figure>``."""
         return {
@@ -292,7 +320,14 @@ class PolysemanticityReport:
             "history": [entry.to_json() for entry in self.history],
             "cards": [card.to_json() for card in self.cards] if self._has("cards") else None,
             "overviews": [overview.to_json() for overview in self.overviews] if self._has("overviews") else None,
+            "concept_names": self._names_to_json(),
         }
+
+    def _names_to_json(self) -> list[list[Any]] | None:
+        """Layer, channel and names; `None` for groups of classes, which name themselves."""
+        if not self.has_clusters:
+            return None
+        return [[layer, channel, names] for (layer, channel), names in self.concept_names.items()]
 
     def _has(self, name: str) -> bool:
         """Whether something that takes time was asked for before, or came from a file."""
@@ -312,10 +347,10 @@ class PolysemanticityReport:
     def from_json(document: dict[str, Any]) -> PolysemanticityReport:
         """The report that `to_json` described."""
         quality, sweeps = document["quality"], document.get("sweeps")
-        cards, overviews = document.get("cards"), document.get("overviews")
+        cards, overviews, names = document.get("cards"), document.get("overviews"), document.get("concept_names")
         return PolysemanticityReport(
             layers=[LayerSummary(**layer) for layer in document["layers"]],
-            channels=[PolysemanticChannel(**channel) for channel in document["channels"]],
+            channels=[_channel_from_json(channel) for channel in document["channels"]],
             pairs=[_pair_from_json(pair) for pair in document["pairs"]],
             settings=document["settings"],
             n_images=document["n_images"],
@@ -327,6 +362,7 @@ class PolysemanticityReport:
             _saved_sweeps=None if sweeps is None else [LayerSweep(**sweep) for sweep in sweeps],
             _saved_cards=None if cards is None else [ChannelCard.from_json(card) for card in cards],
             _saved_overviews=None if overviews is None else [LayerOverview.from_json(part) for part in overviews],
+            _saved_names=None if names is None else {(layer, channel): own for layer, channel, own in names},
         )
 
     def to_markdown(self, max_rows: int | None = None) -> str:
@@ -371,6 +407,12 @@ class PolysemanticityReport:
     def known_quality(self) -> list[SplitQuality]:
         """The quality of the splits, if it was asked for before; else empty."""
         return self.__dict__.get("quality", self._saved_quality) or []
+
+
+def _channel_from_json(content: dict[str, Any]) -> PolysemanticChannel:
+    contents = content.get("contents")
+    pairs = None if contents is None else [[(int(label), float(share)) for label, share in own] for own in contents]
+    return PolysemanticChannel(**{**content, "contents": pairs})
 
 
 def _pair_from_json(content: dict[str, Any]) -> PolysemanticPair:

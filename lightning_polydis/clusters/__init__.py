@@ -1,0 +1,1 @@
+"""Concepts without labels: what activates a channel most, in clusters."""
