@@ -13,8 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_polydis._checks import InputError
 from lightning_polydis._rehearsals import Rehearsals
 from lightning_polydis._trainer import chosen_loader, evaluated_loaders, is_wrapped, weights_note
-from lightning_polydis.analysis import ChannelAnalysis
-from lightning_polydis.split_analysis import SplitAnalysis
+from lightning_polydis.analyses import Analysis, Judgement, analysis_for, judgement_for
 from lightning_polydis.thumbnails import normalisation_of
 
 if TYPE_CHECKING:
@@ -78,15 +77,16 @@ class AnalysedEpoch:
         strict: bool,
     ) -> None:
         self._trainer, self._strict = trainer, strict
-        self._analysis: ChannelAnalysis | SplitAnalysis | None = None  # `None` once it has failed in this process
+        self._analysis: Analysis | Judgement | None = None  # `None` once it has failed in this process
         with self._guarded():
             self._loader = chosen_loader(trainer, dataloader)
-            self._rehearsals = Rehearsals(trainer, module, all_layers, settings.logits_module)
+            is_sure = settings.logits_module is not None or settings.concepts == "clusters"
+            self._rehearsals = Rehearsals(trainer, module, all_layers, is_sure)
             if len(plan):
-                self._analysis = SplitAnalysis(module, plan, settings)
+                self._analysis = judgement_for(module, plan, settings)
             else:
                 normalisation = normalisation_of(evaluated_loaders(trainer), self._loader or 0)
-                self._analysis = ChannelAnalysis(module, settings, weights_note(trainer), normalisation)
+                self._analysis = analysis_for(module, settings, weights_note(trainer), normalisation)
 
     def _guarded(self) -> Any:
         return guarded(strict=self._strict, on_failure=self.drop)

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
-    from lightning_polydis.analysis import ChannelAnalysis
-    from lightning_polydis.split_analysis import SplitAnalysis
+    from lightning_polydis.analyses import Analysis, Judgement
 
 
 class Rehearsals:
@@ -42,7 +41,7 @@ class Rehearsals:
         trainer: In validation or test.
         module: The LightningModule.
         layers: All layers that are analysed in this run; `None`: not known yet.
-        logits_module: The module that was named as giving the logits, if one was.
+        is_sure: Whether nothing that runs after the logits could be overlooked: they were named, or none are needed.
 
     Attributes:
         needed: Whether the module is such a one.
@@ -56,14 +55,14 @@ class Rehearsals:
         trainer: pl.Trainer,
         module: pl.LightningModule,
         layers: Sequence[str] | None,
-        logits_module: str | None,
+        is_sure: bool,
     ) -> None:
         testing = trainer.state.fn == TrainerFn.TESTING
         plugin = trainer.precision_plugin
         self._context = plugin.test_step_context if testing else plugin.val_step_context
         self._step: Callable[..., Any] = module.test_step if testing else module.validation_step
         self._module, self._loop = module, trainer._evaluation_loop
-        self._is_sure = logits_module is not None  # that nothing runs after the logits
+        self._is_sure = is_sure
         self._ran: set[str] = set()
         self._follower: str | None = None
         self._handles: list[RemovableHandle] = []
@@ -73,9 +72,7 @@ class Rehearsals:
                 "Expected a step that takes a batch, but it takes `dataloader_iter` and fetches batches itself."
             )
 
-    def rehearse(
-        self, analysis: ChannelAnalysis | SplitAnalysis, batch: Any, batch_idx: int, dataloader_idx: int
-    ) -> None:
+    def rehearse(self, analysis: Analysis | Judgement, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Let the analysis see a step on a batch before the real one.
 
         Raises:

@@ -63,6 +63,21 @@ def _default_targets(batch: Any) -> Any:
     )
 
 
+def labels_of(batch: Any, settings: AnalysisSettings) -> Tensor | None:
+    """The class indices of a batch where it has any; they are for reports alone, so that others are no mistake.
+
+    Raises:
+        ValueError: If ``target_fn`` is given and raises.
+    """
+    if settings.target_fn is not None:
+        return targets_of(batch, settings)
+    try:
+        targets = targets_of(batch, settings)
+    except InputError:
+        return None
+    return None if bool((targets < 0).any()) else targets
+
+
 def check_module_name(model: nn.Module, name: str | None) -> None:
     """Raise `ValueError` unless ``name`` is `None` or a module of ``model``."""
     names = [key for key, _ in model.named_modules() if key]

@@ -125,6 +125,7 @@ class ChannelDisentanglement(Callback):
         logits_module: str | None = None,
         target_fn: Callable[[Any], Any] | None = None,
         logits_fn: Callable[[Any], Any] | None = None,
+        describe_fn: Callable[[Any], str] | None = None,
         denormalize: Any = None,
         dirpath: str | Path | None = None,
         embeddings: bool = False,
@@ -149,6 +150,7 @@ class ChannelDisentanglement(Callback):
                 logits_module=logits_module,
                 target_fn=target_fn,
                 logits_fn=logits_fn,
+                describe_fn=describe_fn,
             )
             check_positive_int("every_n_epochs", every_n_epochs)
             if dataloader is not None and (isinstance(dataloader, bool) or not isinstance(dataloader, int | str)):

@@ -18,6 +18,7 @@ from lightning_polydis.layers import channel_outputs, flat_weight, sources_of, w
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from lightning_polydis.clusters.evidence import ClusterEvidence
     from lightning_polydis.detection import PolysemanticChannel, PolysemanticPair
     from lightning_polydis.plan import ChannelSplit
     from lightning_polydis.planning import LayerEvidence
@@ -110,11 +111,12 @@ def _row(seen: _Seen, samples: Samples, row: int, concepts: Sequence[Sequence[in
     activation, targets = seen.activations[:, row], samples.targets
     strongest = activation.argsort(descending=True, stable=True)[:N_IMAGES]
     strongest = strongest[activation[strongest] > 0]
-    pictures = samples[strongest].thumbnails
+    pictures, labels = samples[strongest].thumbnails, samples.labels
     images = []
     for index, picture in zip(strongest.tolist(), [] if pictures is None else pictures, strict=pictures is not None):
         place = None if seen.places is None else seen.places[index, row]
-        images.append(CardImage(_crop(picture, place), int(targets[index]), float(activation[index])))
+        label = None if labels is None or labels[index] < 0 else int(labels[index])
+        images.append(CardImage(_crop(picture, place), int(targets[index]), float(activation[index]), label))
     own = [activation[torch.isin(targets, torch.tensor(list(concept)))] for concept in concepts]
     return CardRow(list(concepts[row - 1]) if row else [], images, [_spread(values) for values in own])
 
@@ -249,12 +251,16 @@ class RelevanceTable(NamedTuple):
     rows: list[tuple[int, int, int]]
 
 
-def relevance_table(evidence: LayerEvidence, channels: Sequence[PolysemanticChannel]) -> RelevanceTable:
+def relevance_table(
+    evidence: LayerEvidence | ClusterEvidence, channels: Sequence[PolysemanticChannel]
+) -> RelevanceTable:
     """The vectors that some channels have for the classes of their concepts."""
     vectors = [torch.empty(0, evidence.layer.weight.shape[1])]
     rows: list[tuple[int, int, int]] = []
     for found in channels:
         own = [(found.channel, label, place) for place, concept in enumerate(found.concepts) for label in concept]
-        vectors.append(evidence.mean_vectors(found.channel, [label for _, label, _ in own]).float())
+        vectors.append(
+            evidence.of_channel(found.channel).mean_vectors(found.channel, [label for _, label, _ in own]).float()
+        )
         rows += own
     return RelevanceTable(torch.cat(vectors), rows)

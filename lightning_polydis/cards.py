@@ -6,12 +6,15 @@ import base64
 import io
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 JPEG_QUALITY = 85
 MAX_EPOCHS, MAX_TRACKED = 200, 50
@@ -71,7 +74,8 @@ class CardImage:
     @staticmethod
     def from_json(content: dict[str, Any]) -> CardImage:
         """The image that `to_json` described, as well as JPEG keeps it; decoded when its `pixels` are asked for."""
-        return CardImage(base64.b64decode(content["jpeg"]), content["target"], content["activation"], content.get("label"))
+        pixels = base64.b64decode(content["jpeg"])
+        return CardImage(pixels, content["target"], content["activation"], content.get("label"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +161,31 @@ class ChannelCard:
     n_classes: int | None = None
     names: list[str] | None = None
 
+    @property
+    def has_clusters(self) -> bool:
+        """Whether ``classes`` are numbers of clusters."""
+        return self.names is not None
+
+    @property
+    def real_classes(self) -> list[int]:
+        """The classes that the card speaks of: ``classes``, or where these are clusters those of the images."""
+        if not self.has_clusters:
+            return self.classes
+        return [image.label for row in self.rows for image in row.images if image.label is not None]
+
+    def label(self, index: int, class_name: Callable[[int], str]) -> str:
+        """What one of ``classes`` is called.
+
+        Args:
+            index: Of a class, or the number of a cluster.
+            class_name: Name of a class; not asked about clusters. A cluster that is a concept of its own has the
+                concept's name, others have numbers.
+        """
+        if self.names is None:
+            return class_name(index)
+        own = [name for name, concept in zip(self.names, self.concepts, strict=True) if concept == [index]]
+        return " ".join(own[0].split()) if own else cluster_label(index)
+
     def shown_classes(self) -> list[int]:
         """How many of ``classes`` belong to each of the concepts."""
         return [sum(label in own for label in self.classes) for own in map(frozenset, self.concepts)]
@@ -169,11 +198,12 @@ class ChannelCard:
             n_classes: Classes that are shown.
 
         Returns:
-            For instance ``"+3 more concepts, 40 more classes"``; empty if all are shown.
+            For instance ``"+3 more concepts, 40 more classes"`` (or clusters); empty if all are shown.
         """
         concepts = (self.n_concepts or len(self.concepts)) - n_concepts
         classes = (self.n_classes or len(self.classes)) - n_classes
-        parts = [_more(concepts, "concept", "concepts"), _more(classes, "class", "classes")]
+        words = ("cluster", "clusters") if self.has_clusters else ("class", "classes")
+        parts = [_more(concepts, "concept", "concepts"), _more(classes, *words)]
         text = ", ".join(part for part in parts if part)
         return text and f"+{text}"
 
@@ -197,6 +227,16 @@ class ChannelCard:
             "sources": [[SourceShare(**source) for source in sources] for sources in content["sources"]],
         }
         return ChannelCard(**{**content, **read})
+
+
+def cluster_label(number: int) -> str:
+    """What a cluster without a name is called; people count from 1.
+
+    Example:
+        >>> cluster_label(0)
+        'cluster 1'
+    """
+    return f"cluster {number + 1}"
 
 
 def _more(count: int, one: str, several: str) -> str:
@@ -239,6 +279,9 @@ class LayerOverview:
         classes: Classes of the relevance matrix: those that these channels are relevant for.
         relevance: For how large a part of a class's images each channel is relevant, a row for each channel.
         near_misses: Candidates that come nearest to being flagged, nearest first.
+        has_clusters: Whether ``concepts="clusters"``. Then the pairs above are pairs of clusters, and so are those of
+            near misses; ``classes`` are the classes of the channels' strongest images (none where they are not known),
+            and ``relevance`` is the share of a channel's strongest images that is of each class.
     """
 
     layer: str
@@ -250,6 +293,7 @@ class LayerOverview:
     classes: list[int]
     relevance: list[list[float]]
     near_misses: list[NearMiss]
+    has_clusters: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """In plain types."""

@@ -163,6 +163,8 @@ def _show(given: argparse.Namespace) -> None:
 
 
 def _suggested(report: PolysemanticityReport) -> str:
+    if report.has_clusters:  # no other settings were tried
+        return "More images may show clusters that so few do not."
     try:
         suggested = report.suggest_settings()
     except InputError:  # the file holds no sweep

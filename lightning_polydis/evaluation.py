@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
-from lightning_polydis.layers import channel_outputs, flat_weight
+from lightning_polydis._checks import InputError
+from lightning_polydis.layers import channel_outputs, flat_weight, source_contributions
 from lightning_polydis.membership import part_weights
 from lightning_polydis.splitting import SplitLayer
 
@@ -127,13 +129,13 @@ class SplitEvaluator:
     def __init__(self, splits: Sequence[ChannelSplit]) -> None:
         self._tallies = [_Tally(split) for split in splits]
 
-    def update(self, layer: LinearLayer | SplitLayer, inputs: Tensor, targets: Tensor, relevant: Tensor) -> None:
+    def update(self, layer: LinearLayer | SplitLayer, inputs: Tensor, targets: Tensor | None, relevant: Tensor) -> None:
         """Add images.
 
         Args:
             layer: The layer, split or not.
             inputs: Its inputs, ``[B, I, H, W]`` or ``[B, ..., I]``.
-            targets: Class indices, ``[B]``.
+            targets: Class indices, ``[B]``; `None`: the splits' centres tell which concept an image belongs to.
             relevant: Which channels are relevant for which image, ``[B, C]``, boolean.
         """
         geometry = layer.expand if isinstance(layer, SplitLayer) else layer
@@ -148,8 +150,12 @@ class SplitEvaluator:
                 own = [layer.channel_index(channel, 0) for channel in own]
             channels = [channel for channel, size in zip(own, sizes, strict=True) for _ in range(size)]
             outputs = channel_outputs(geometry, inputs, weight, bias, channels).float()
-            for tally, output in zip(tallies, outputs.split(sizes, dim=1), strict=True):
-                tally.add(output, targets, relevant[:, tally.split.channel])
+            for tally, part, output in zip(tallies, parts, outputs.split(sizes, dim=1), strict=True):
+                if targets is None:
+                    concepts = nearest_concepts(geometry, inputs, part.weight[0], output[:, 0], tally.split)
+                else:
+                    concepts = tally.concepts_of(targets)
+                tally.add(output, concepts, relevant[:, tally.split.channel])
 
     def gather(self) -> None:
         """Take in what the other processes of a distributed run have seen, if there are any."""
@@ -196,9 +202,12 @@ class _Tally:
         self._spurious = torch.zeros(len(split.concepts), dtype=torch.float64)
         self._n_remaining = 0
 
-    def add(self, outputs: Tensor, targets: Tensor, relevant: Tensor) -> None:
-        """Add the outputs ``[B, K + 2, P]`` of original, concepts and residual on a batch."""
-        concepts = torch.tensor([self._concept_of.get(target, -1) for target in targets.tolist()])
+    def concepts_of(self, targets: Tensor) -> Tensor:
+        """The concept that each image's class belongs to, -1 for none, ``[B]``."""
+        return torch.tensor([self._concept_of.get(target, -1) for target in targets.tolist()])
+
+    def add(self, outputs: Tensor, concepts: Tensor, relevant: Tensor) -> None:
+        """Add the outputs ``[B, K + 2, P]`` of original, concepts and residual on images of some concepts."""
         named = (concepts >= 0).to(outputs.device)
         both = [(sign * outputs[named]).clamp(min=0).double().sum(2) for sign in (1, -1)]
         self._activations.append(torch.stack(both, dim=2).cpu())
@@ -246,6 +255,36 @@ class _Tally:
             n_own=int(own.sum()),
             n_other=int((~own).sum()),
         )
+
+
+def nearest_concepts(
+    layer: LinearLayer, inputs: Tensor, weight: Tensor, outputs: Tensor, split: ChannelSplit
+) -> Tensor:
+    """The concept that each image belongs to where concepts are clusters, -1 for none, ``[B]``, on the CPU.
+
+    The one whose centre is most like what makes the channel fire on the image, among those of the directions in which
+    the image activates the channel enough.
+
+    Args:
+        layer: Gives the geometry.
+        inputs: ``[B, I, H, W]`` or ``[B, ..., I]``.
+        weight: The channel's weights before the split, ``[I, k]``.
+        outputs: The channel's outputs, ``[B, P]``.
+        split: With centres.
+    """
+    centres, floors = split.centres, split.floors
+    if centres is None or floors is None:
+        raise InputError("Expected a split of clusters, but got one of classes, which needs targets.")
+    added = source_contributions(layer, inputs, weight.to(inputs), split.channel)
+    similarities = outputs.new_full((len(outputs), len(floors)), -torch.inf)
+    for number, (sign, floor) in enumerate(zip(split.signs(), floors, strict=True)):
+        signed = sign * outputs
+        vectors = sign * (added * (signed > 0)[..., None]).sum(1).to(outputs)
+        likeness = F.normalize(vectors, dim=1) @ centres[number].to(outputs)
+        enough = signed.clamp(min=0).sum(1) >= floor
+        similarities[:, number] = torch.where(enough, likeness, -torch.inf)
+    best = similarities.max(1)
+    return torch.where(best.values > -torch.inf, best.indices, -1).cpu()
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> float | None:

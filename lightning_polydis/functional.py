@@ -13,11 +13,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.analysis import ChannelAnalysis
+from lightning_polydis.analyses import Analysis, Judgement, analysis_for, judgement_for
 from lightning_polydis.plan import checked_plan
 from lightning_polydis.rehearsal import is_compiled, uncompiled
 from lightning_polydis.settings import AnalysisSettings
-from lightning_polydis.split_analysis import SplitAnalysis
 from lightning_polydis.thumbnails import normalisation_of
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def find_polysemantic_channels(
         '2'
     """
     checked = AnalysisSettings(layers=layers, **settings)
-    analysis = ChannelAnalysis(model, checked, normalisation=normalisation_of(batches))
+    analysis = analysis_for(model, checked, normalisation=normalisation_of(batches))
     _run(model, batches, analysis, device, "Looking for polysemantic channels" if progress else None)
     analysis.gather()
     return analysis.compute()
@@ -128,7 +127,7 @@ def evaluate_splits(
         target_fn=target_fn,
         logits_fn=logits_fn,
     )
-    analysis = SplitAnalysis(model, plan, settings)
+    analysis = judgement_for(model, plan, settings)
     n_batches = _run(model, batches, analysis, device, "Evaluating splits" if progress else None)
     if not n_batches:
         raise InputError("Expected at least one batch to evaluate splits on, but the data was empty.")
@@ -139,7 +138,7 @@ def evaluate_splits(
 def _run(
     model: nn.Module,
     batches: Iterable[Any],
-    analysis: ChannelAnalysis | SplitAnalysis,
+    analysis: Analysis | Judgement,
     device: torch.device | str | None,
     description: str | None,
 ) -> int:

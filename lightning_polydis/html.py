@@ -16,6 +16,8 @@ from markupsafe import Markup
 from lightning_polydis._checks import InputError
 from lightning_polydis._files import written_whole
 from lightning_polydis._version import __version__
+from lightning_polydis.cards import cluster_label
+from lightning_polydis.clusters.names import cluster_name
 from lightning_polydis.html_cards import CardView, chip_of, view_of
 from lightning_polydis.html_figures import Drawing, history_drawing, overview_drawings, sweep_drawing
 
@@ -38,6 +40,19 @@ ANALYSED = "Analysed: "
 
 
 @dataclass(frozen=True)
+class ClusterText:
+    """What the page says of a concept that is made of clusters.
+
+    Attributes:
+        name: Its name; `None` where that says no more than ``shares``.
+        shares: Real classes that fill it and their shares of its images, where known.
+    """
+
+    name: str | None
+    shares: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
 class ChannelRow:
     """One channel of the table, and of the cards.
 
@@ -47,6 +62,7 @@ class ChannelRow:
         view: The card, or `None`.
         lowest: The flagged pair of classes with the lowest similarity; `None` if the report lists none.
         measured: Quality of its split, or `None`.
+        clusters: What its concepts are, if they are made of clusters; else empty.
     """
 
     found: PolysemanticChannel | None
@@ -54,6 +70,7 @@ class ChannelRow:
     view: CardView | None
     lowest: PolysemanticPair | None
     measured: SplitQuality | None
+    clusters: list[ClusterText]
 
     @property
     def cosine_similarity(self) -> float:
@@ -140,6 +157,7 @@ def _environment() -> Environment:
         "version": __version__,
         "number": _number,
         "literal": repr,
+        "cluster_label": cluster_label,
         "chip_of": chip_of,
         "names_shown": NAMES_SHOWN,
         "names_listed": NAMES_LISTED,
@@ -178,6 +196,9 @@ def _context(report: PolysemanticityReport) -> dict[str, Any]:
         "caveats": _caveats(report),
         "settings": _settings(report),
         "channels": channels,
+        "has_clusters": report.has_clusters,
+        "own": "images" if report.has_clusters else "classes",  # what a concept is made of
+        "has_stability": any(found.stability is not None for found in report.channels),
         "has_reliability": any(found.reliability is not None for found in report.channels),
         "has_clear": any(found.is_clear is not None for found in report.channels),
         "figures_of_quality": QUALITY if report.quality else (),
@@ -211,8 +232,28 @@ def _rows(report: PolysemanticityReport) -> list[ChannelRow]:
     rows = []
     for key in dict.fromkeys([*found, *views]):
         lowest = min(flagged.get(key, []), key=lambda pair: pair.cosine_similarity, default=None)
-        rows.append(ChannelRow(found.get(key), places.get(key), views.get(key), lowest, measured.get(key)))
+        clusters = _clusters(report, found.get(key), views.get(key))
+        rows.append(ChannelRow(found.get(key), places.get(key), views.get(key), lowest, measured.get(key), clusters))
     return sorted(rows, key=lambda row: row.cosine_similarity)
+
+
+def _clusters(
+    report: PolysemanticityReport, found: PolysemanticChannel | None, view: CardView | None
+) -> list[ClusterText]:
+    """What the concepts of a channel are, if they are made of clusters."""
+    if not report.has_clusters:
+        return []
+    if found is None:  # a card alone: what fills its clusters is not known
+        return [ClusterText(name, []) for name in (view and view.card.names) or []]
+    names = report.concept_names[found.layer, found.channel]
+    contents = found.contents or [[] for _ in names]
+    return [_cluster(report, *one) for one in zip(range(1, len(names) + 1), names, contents, strict=True)]
+
+
+def _cluster(report: PolysemanticityReport, number: int, name: str, content: list[tuple[int, float]]) -> ClusterText:
+    says_more = not content or name != cluster_name(number, content, report.label)
+    shares = [(index, f"{share:.0%}".replace("%", "\N{NO-BREAK SPACE}%")) for index, share in content]
+    return ClusterText(name if says_more else None, shares)
 
 
 def _flagged(report: PolysemanticityReport) -> dict[tuple[str, int], list[PolysemanticPair]]:

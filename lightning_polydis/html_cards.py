@@ -43,10 +43,10 @@ class Chip:
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of a row."""
+    """One image of a row; ``label`` is its class, where that is known."""
 
     source: str
-    target: int
+    label: int | None
     activation: str
     chip: Chip | None
     frame: str
@@ -103,7 +103,7 @@ class CardView:
 
     @property
     def n_classes(self) -> int:
-        """All classes that the channel is relevant for."""
+        """All classes, or clusters, that the channel is relevant for."""
         return self.card.n_classes or len(self.card.classes)
 
     @property
@@ -135,7 +135,7 @@ def view_of(card: ChannelCard, flagged: Collection[tuple[int, int]]) -> CardView
     top = max((value for row in card.rows for values in row.activations for value in values), default=0.0)
     top = 1.05 * max(top, 1e-12)
     rows = [
-        Row(chip_of(place - 1) if place else None, row.classes, _pictures(row, concept_of), _density(row, top))
+        Row(chip_of(place - 1) if place else None, row.classes, _pictures(card, row, concept_of), _density(row, top))
         for place, row in enumerate(card.rows)
     ]
     classes = [
@@ -162,11 +162,12 @@ def quantity(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _pictures(row: CardRow, concept_of: dict[int, int]) -> list[Picture]:
+def _pictures(card: ChannelCard, row: CardRow, concept_of: dict[int, int]) -> list[Picture]:
     chips = [chip_of(concept_of[image.target]) if image.target in concept_of else None for image in row.images]
+    labels = [image.label if card.has_clusters else image.target for image in row.images]
     return [
-        Picture(_source(image), image.target, quantity(image.activation), chip, chip.colour if chip else OTHER_COLOUR)
-        for image, chip in zip(row.images, chips, strict=True)
+        Picture(_source(image), label, quantity(image.activation), chip, chip.colour if chip else OTHER_COLOUR)
+        for image, label, chip in zip(row.images, labels, chips, strict=True)
     ]
 
 

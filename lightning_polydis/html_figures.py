@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_polydis import figures
+from lightning_polydis.figures.canvas import names_up_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,25 +46,21 @@ class Drawing:
 
 def overview_drawings(report: PolysemanticityReport, overview: LayerOverview) -> list[Drawing]:
     """The figures of a layer at a glance."""
-    names = _names(report, overview)
+    names = names_up_to(report.class_names, overview.classes)
     own = [part for part in report.quality if part.layer == overview.layer]
     drawings = [
         _drawing("Similarities", _similarities(overview), lambda: figures.similarity_figure(overview)),
-        _drawing("Relevance", _relevance(overview), lambda: figures.relevance_figure(overview, class_names=names)),
     ]
+    if overview.classes or not overview.has_clusters:  # of clusters the classes may not be known
+        title = "Classes of the strongest images" if overview.has_clusters else "Relevance"
+        drawings.append(
+            _drawing(title, _relevance(overview), lambda: figures.relevance_figure(overview, class_names=names))
+        )
     if own:
         drawings.append(
             _drawing("Quality of the splits", _quality(own), lambda: figures.quality_figure(own, overview.layer))
         )
     return drawings
-
-
-def _names(report: PolysemanticityReport, overview: LayerOverview) -> list[str] | None:
-    """Names of all classes that the figures name, as many as the report has and numbers for the others."""
-    if report.class_names is None:
-        return None
-    names = [str(name) for name in report.class_names]
-    return names + [f"class {index}" for index in range(len(names), max(overview.classes, default=-1) + 1)]
 
 
 def sweep_drawing(report: PolysemanticityReport, sweep: LayerSweep) -> Drawing:
@@ -94,21 +91,27 @@ def _picture(draw: Callable[[], Any]) -> tuple[str, int, int]:
 
 def _similarities(overview: LayerOverview) -> str:
     counts, low, high = overview.n_candidate_pairs, *overview.thresholds
+    kind = "clusters" if overview.has_clusters else "classes"
     filled = [place for place, count in enumerate(counts) if count]
     if not filled:
-        return "No candidate pairs of classes."
+        return f"No candidate pairs of {kind}."
     limits = overview.edges[filled[0]], overview.edges[filled[-1] + 1]
     threshold = f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
     return (
-        f"Histogram of the similarities of {sum(counts)} candidate pairs of classes, in bins from {limits[0]:.2f} to "
+        f"Histogram of the similarities of {sum(counts)} candidate pairs of {kind}, in bins from {limits[0]:.2f} to "
         f"{limits[1]:.2f}; {sum(overview.n_flagged_pairs)} are flagged, at a threshold of {threshold}."
     )
 
 
 def _relevance(overview: LayerOverview) -> str:
-    values = np.array(overview.relevance)
+    values = np.array([row for row in overview.relevance if row])
     if not values.size:
         return "No channel is relevant for a class."
+    if overview.has_clusters:
+        return (
+            f"Heat map: how large a part of the strongest images of each of {len(overview.channels)} channels is of "
+            f"each of {len(overview.classes)} classes; at most {values.max():.0%}."
+        )
     return (
         f"Heat map: for how large a part of the images of {len(overview.classes)} classes each of "
         f"{len(overview.channels)} channels is relevant; {values.min():.0%} to {values.max():.0%}, mean "

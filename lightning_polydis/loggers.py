@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from rich.console import Console
 
+from lightning_polydis.cards import cluster_label
 from lightning_polydis.figures import (
     card_figure,
     history_figure,
@@ -20,8 +21,9 @@ from lightning_polydis.figures import (
     similarity_figure,
     sweep_figure,
 )
-from lightning_polydis.figures.canvas import shortened
+from lightning_polydis.figures.canvas import names_up_to, shortened
 from lightning_polydis.logger_adapters import LogItem, LogTable, adapter_of
+from lightning_polydis.report_tables import concept_texts
 from lightning_polydis.sweep import sweep_markdown, sweep_table
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
     from matplotlib.figure import Figure
 
+    from lightning_polydis.detection import PolysemanticChannel
     from lightning_polydis.evaluation import SplitQuality
     from lightning_polydis.report import PolysemanticityReport
     from lightning_polydis.sweep import LayerSweep
@@ -95,12 +98,14 @@ def log_embeddings(loggers: Iterable[Logger], report: PolysemanticityReport, ste
         report: The report, not one from a file.
         step: Global step of the analysis.
     """
-    header = ["channel and class", "channel", "class", "concept"]
+    kind = "cluster" if report.has_clusters else "class"
+    header = [f"channel and {kind}", "channel", kind, "concept"]
     for layer in report.layers:
         table = report.relevance_vectors(layer.name)
         rows = [
-            [f"{channel}: {report.label(label)}", channel, report.label(label), concept + 1]
+            [f"{channel}: {name}", channel, name, concept + 1]
             for channel, label, concept in table.rows
+            for name in [cluster_label(label) if report.has_clusters else report.label(label)]
         ]
         for logger in loggers if len(rows) > 1 else ():
             if isinstance(logger, TensorBoardLogger):
@@ -156,12 +161,13 @@ def _writing(logger: Logger) -> Iterator[list[bool]]:
 
 def _items(report: PolysemanticityReport) -> list[LogItem]:
     """All that is logged when a run has ended."""
-    names = report.class_names
     items = _tables(report, report.quality)
     items += [LogItem(_tag(sweep.layer, "settings"), partial(_sweep_table, report, sweep)) for sweep in report.sweeps]
     for overview in report.overviews:
         items.append(_figure(overview.layer, "similarities", similarity_figure, overview))
-        items.append(_figure(overview.layer, "relevance", relevance_figure, overview, class_names=names))
+        if overview.classes or not overview.has_clusters:  # of clusters the classes may not be known
+            names = names_up_to(report.class_names, overview.classes)
+            items.append(_figure(overview.layer, "relevance", relevance_figure, overview, class_names=names))
     for layer in dict.fromkeys(quality.layer for quality in report.quality):
         items.append(_figure(layer, "quality", quality_figure, report.quality, layer))
     items += [_figure(sweep.layer, "settings", sweep_figure, sweep, report.settings) for sweep in report.sweeps]
@@ -171,6 +177,7 @@ def _items(report: PolysemanticityReport) -> list[LogItem]:
             items.append(_figure(layer, "history", history_figure, history))
         cards = [card for card in report.cards if card.layer == layer][:MAX_CARDS]
         for rank, card in enumerate(cards, start=1):
+            names = names_up_to(report.class_names, card.real_classes)
             items.append(_figure(layer, f"card_{rank}", card_figure, card, class_names=names, n_images=CARD_IMAGES))
     return items
 
@@ -194,18 +201,20 @@ def _tables(report: PolysemanticityReport, qualities: Sequence[SplitQuality]) ->
 def _overview_table(report: PolysemanticityReport, layer: str, qualities: Sequence[SplitQuality]) -> LogTable:
     own = [found for found in report.channels if found.layer == layer]
     measured = {quality.channel: quality for quality in qualities if quality.layer == layer}
-    columns = ["channel", "concepts", "cosine", "reliability", "clear", *(SPLIT_SCALARS if measured else ())]
+    stability = ["stability"] if report.has_clusters else []
+    columns = ["channel", "concepts", "cosine", "reliability", "clear", *stability]
+    columns += SPLIT_SCALARS if measured else ()
     rows = []
     for found in own[:MAX_ROWS]:
-        concepts = " / ".join(", ".join(map(report.label, concept)) for concept in found.concepts)
-        row = [found.channel, concepts, found.cosine_similarity, found.reliability, found.is_clear]
+        row = [found.channel, " / ".join(_names(report, found)), found.cosine_similarity]
+        row += [found.reliability, found.is_clear, *(found.stability for _ in stability)]
         quality = measured.get(found.channel)
         rows.append(row + [None if quality is None else quality.mean(name) for name in SPLIT_SCALARS if measured])
     lines = _introduction(report, layer)
     if rows:
         lines += ["", _line(columns), _line(["---"] * len(columns))]
     for found, row in zip(own, rows, strict=False):
-        lines.append(_line([_cell(report, found.concepts) if place == 1 else value for place, value in enumerate(row)]))
+        lines.append(_line([_cell(report, found) if place == 1 else value for place, value in enumerate(row)]))
     lines += [f"\n{len(own) - len(rows)} more in `report.json`."] if len(rows) < len(own) else []
     return LogTable(columns, rows, "\n".join(lines))
 
@@ -216,9 +225,16 @@ def _introduction(report: PolysemanticityReport, layer: str) -> list[str]:
     return [text, *(["", *(f"- {note}" for note in report.notes)] if report.notes else [])]
 
 
-def _cell(report: PolysemanticityReport, concepts: Sequence[Sequence[int]]) -> str:
+def _names(report: PolysemanticityReport, found: PolysemanticChannel) -> list[str]:
+    """Of its concepts, with all their classes; each in one line."""
+    if report.has_clusters:
+        return concept_texts(report, found)
+    return [", ".join(map(report.label, concept)) for concept in found.concepts]
+
+
+def _cell(report: PolysemanticityReport, found: PolysemanticChannel) -> str:
     """A line for each concept: a wide column would break the numbers in its neighbours, digit by digit."""
-    lines = [shortened(", ".join(map(report.label, concept)), CONCEPT_LENGTH) for concept in concepts]
+    lines = [shortened(name, CONCEPT_LENGTH) for name in _names(report, found)]
     return "<br>".join(html.escape(line, quote=False) for line in lines)
 
 

@@ -29,9 +29,13 @@ class ChannelSplit:
         rho: The dominance ratio that was chosen, in (0, 1]; `None` unless ``method="paper"``.
         directions: For each concept 1 or -1: whether its classes use the channel through positive or negative values.
             `None`: all through positive ones.
+        centres: Where concepts are clusters, what tells them apart: the mean relevance of the sources for the channel
+            on the images of each, scaled to unit length, ``[K, I]``, ``float32``. ``concepts`` then holds numbers of
+            clusters. `None` where concepts are groups of classes.
+        floors: With ``centres``, the activation from which on an image belongs to a concept at all, ``K`` numbers.
 
     Raises:
-        ValueError: If there are fewer than two concepts or the membership or directions do not fit them.
+        ValueError: If there are fewer than two concepts or the membership, directions or centres do not fit them.
     """
 
     layer: str
@@ -40,6 +44,8 @@ class ChannelSplit:
     membership: Tensor
     rho: float | None = None
     directions: list[int] | None = None
+    centres: Tensor | None = None
+    floors: list[float] | None = None
 
     def __post_init__(self) -> None:
         if len(self.concepts) < 2:
@@ -63,6 +69,20 @@ class ChannelSplit:
                 f"Expected `directions` to hold 1 or -1 for each of {len(self.concepts)} concepts, "
                 f"but got {self.directions!r}."
             )
+        self._check_centres()
+
+    def _check_centres(self) -> None:
+        if self.centres is None and self.floors is None:
+            return
+        if self.centres is None or self.floors is None or len(self.floors) != len(self.concepts):
+            raise InputError(
+                f"Expected `centres`, and with them `floors` for {len(self.concepts)} concepts, or neither."
+            )
+        if self.centres.shape != self.membership.shape or not bool(torch.isfinite(self.centres).all()):
+            raise InputError(
+                f"Expected `centres` to be finite and as large as `membership`, {list(self.membership.shape)}, but got "
+                f"{list(self.centres.shape)}."
+            )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ChannelSplit) and self.to_json() == other.to_json()
@@ -81,6 +101,8 @@ class ChannelSplit:
             "membership": values,
             "rho": self.rho,
             "directions": self.directions,
+            "centres": None if self.centres is None else self.centres.tolist(),
+            "floors": self.floors,
         }
 
     def signs(self) -> list[int]:
@@ -97,6 +119,8 @@ class ChannelSplit:
             torch.tensor(content["membership"], dtype=torch.float32),
             content["rho"],
             content.get("directions"),
+            None if content.get("centres") is None else torch.tensor(content["centres"], dtype=torch.float32),
+            content.get("floors"),
         )
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_polydis.clusters.evidence import ClusterEvidence
     from lightning_polydis.evaluation import SplitQuality
     from lightning_polydis.layers import LinearLayer
     from lightning_polydis.settings import AnalysisSettings
@@ -57,13 +58,23 @@ class LayerEvidence:
         """Whether half of the samples is kept back to judge splits."""
         return self.settings.calibration_samples is not None
 
+    @cached_property
     def chosen_from(self) -> Samples | None:
         """The samples that choose memberships."""
         return self.samples.halves()[0] if self.samples is not None and self.holds_out else self.samples
 
+    @cached_property
     def judged_on(self) -> Samples | None:
         """The samples that judge splits; `None` if there are none that took no part in choosing."""
         return self.samples.halves()[1] if self.samples is not None and self.holds_out else None
+
+    def of_channel(self, channel: int) -> LayerEvidence:
+        """What is known about one channel: here all, as every channel is told by the same classes."""
+        return self
+
+    def completed(self, split: ChannelSplit) -> ChannelSplit:
+        """A split with whatever else there is to say of it: here nothing."""
+        return split
 
     def relevant(self, class_fraction: float | None = None, threshold: int = 0) -> Tensor:
         """Which channels are relevant for which class and have vectors to compare, ``[K, C]``, boolean.
@@ -115,27 +126,31 @@ class LayerEvidence:
 
 
 @full_precision()
-def plan_splits(evidence: LayerEvidence, wanted: Sequence[tuple[int, list[list[int]]]]) -> list[ChannelSplit]:
+def plan_splits(
+    evidence: LayerEvidence | ClusterEvidence, wanted: Sequence[tuple[int, list[list[int]]]]
+) -> list[ChannelSplit]:
     """Choose memberships of some channels' sources by the method of the settings.
 
     Args:
         evidence: Of the layer, with samples.
-        wanted: Channel and the classes of each concept; the rows of a membership come in this order.
+        wanted: Channel and the classes (or clusters) of each concept; the rows of a membership come in this order.
     """
-    samples = evidence.chosen_from()
-    assert samples is not None  # whoever asks has looked
     if evidence.settings.method == "paper":
-        return [_paper_split(evidence, samples, channel, concepts) for channel, concepts in wanted]
-    signs = evidence.statistics.directions
-    splits = [
-        WantedSplit(channel, concepts, [_direction(signs[concept, channel]) for concept in concepts])
-        for channel, concepts in wanted
-    ]
-    memberships = soft_memberships(evidence.layer, splits, samples, evidence.settings.leak_weight)
+        return [_paper_split(evidence.of_channel(channel), channel, concepts) for channel, concepts in wanted]
+    splits = [_wanted_split(evidence.of_channel(channel), channel, concepts) for channel, concepts in wanted]
+    memberships = soft_memberships(evidence.layer, splits, evidence.settings.leak_weight)
     return [
-        ChannelSplit(evidence.name, channel, concepts, membership, directions=list(split.directions))
+        evidence.completed(
+            ChannelSplit(evidence.name, channel, concepts, membership, directions=list(split.directions))
+        )
         for (channel, concepts), split, membership in zip(wanted, splits, memberships, strict=True)
     ]
+
+
+def _wanted_split(evidence: LayerEvidence, channel: int, concepts: list[list[int]]) -> WantedSplit:
+    signs, samples = evidence.statistics.directions, evidence.chosen_from
+    assert samples is not None  # whoever asks has looked
+    return WantedSplit(channel, concepts, [_direction(signs[concept, channel]) for concept in concepts], samples)
 
 
 def _direction(signs: Tensor) -> int:
@@ -143,8 +158,10 @@ def _direction(signs: Tensor) -> int:
     return 1 if int(signs.sum()) >= 0 else -1
 
 
-def _paper_split(evidence: LayerEvidence, samples: Samples, channel: int, concepts: list[list[int]]) -> ChannelSplit:
+def _paper_split(evidence: LayerEvidence, channel: int, concepts: list[list[int]]) -> ChannelSplit:
     """A split by the paper's rules. A concept's averaged relevance vector is the mean of its classes'."""
+    samples = evidence.chosen_from
+    assert samples is not None  # whoever asks has looked
     vectors = torch.stack([evidence._averaged(channel, concept).mean(0) for concept in concepts])
     inputs = [samples.of_classes(concept).inputs for concept in concepts]
     membership, rho = paper_membership(evidence.layer, channel, vectors, inputs)
@@ -152,10 +169,20 @@ def _paper_split(evidence: LayerEvidence, samples: Samples, channel: int, concep
 
 
 @full_precision()
-def judge_splits(evidence: LayerEvidence, splits: Sequence[ChannelSplit]) -> list[SplitQuality]:
+def judge_splits(evidence: LayerEvidence | ClusterEvidence, splits: Sequence[ChannelSplit]) -> list[SplitQuality]:
     """Quality of splits of one layer on the samples that took no part in choosing them (empty without such samples)."""
-    held_out = evidence.judged_on()
-    if held_out is None or not splits:
+    places: dict[LayerEvidence, list[int]] = {}
+    for place, split in enumerate(splits):
+        places.setdefault(evidence.of_channel(split.channel), []).append(place)
+    found: dict[int, SplitQuality] = {}
+    for view, own in places.items():
+        found |= dict(zip(own, _judged(view, [splits[place] for place in own]), strict=False))
+    return [found[place] for place in sorted(found)]
+
+
+def _judged(evidence: LayerEvidence, splits: Sequence[ChannelSplit]) -> list[SplitQuality]:
+    held_out = evidence.judged_on
+    if held_out is None:
         return []
     evaluator = SplitEvaluator(splits)
     for start in range(0, len(held_out), SAMPLES_PER_STEP):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +14,18 @@ from lightning_polydis.card_builder import RelevanceTable, build_card, build_ove
 from lightning_polydis.cards import MAX_TRACKED, ChannelCard, EpochEntry, LayerOverview
 from lightning_polydis.clusters.evidence import ClusterEvidence
 from lightning_polydis.clusters.names import cluster_name
+from lightning_polydis.clusters.overview import cluster_overview
 from lightning_polydis.detection import PolysemanticChannel, PolysemanticPair
 from lightning_polydis.evaluation import SplitQuality
 from lightning_polydis.layers import find_layer
-from lightning_polydis.plan import SplitPlan
+from lightning_polydis.plan import ChannelSplit, SplitPlan
 from lightning_polydis.planning import LayerEvidence, judge_splits, plan_splits
 from lightning_polydis.report_tables import console_table, markdown_table
 from lightning_polydis.summary import LayerSummary
 from lightning_polydis.sweep import LayerSweep, SuggestedSettings, suggest_settings, sweep_layer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from pandas import DataFrame
@@ -73,7 +74,7 @@ class PolysemanticityReport:
     class_names: list[str] | None = None
     notes: list[str] = field(default_factory=list)
     history: list[EpochEntry] = field(default_factory=list, repr=False)
-    _evidence: dict[str, LayerEvidence] | None = field(default=None, repr=False)
+    _evidence: Mapping[str, LayerEvidence | ClusterEvidence] | None = field(default=None, repr=False)
     _saved_plan: SplitPlan | None = field(default=None, repr=False)
     _saved_quality: list[SplitQuality] | None = field(default=None, repr=False)
     _saved_sweeps: list[LayerSweep] | None = field(default=None, repr=False)
@@ -117,7 +118,7 @@ class PolysemanticityReport:
 
     @cached_property
     def sweeps(self) -> list[LayerSweep]:
-        """What other settings would have found, one for each layer; counted when first asked for.
+        """What other settings would have found, one for each layer; counted when first asked for. Empty for clusters.
 
         Raises:
             ValueError: If the report was loaded from a file that holds none.
@@ -126,7 +127,7 @@ class PolysemanticityReport:
             return self._saved_sweeps
         if self._evidence is None:
             raise InputError("This report was loaded from a file that holds no sweep. Run the analysis again.")
-        return [sweep_layer(evidence) for evidence in self._evidence.values()]
+        return [sweep_layer(found) for found in self._evidence.values() if isinstance(found, LayerEvidence)]
 
     @cached_property
     def cards(self) -> list[ChannelCard]:
@@ -139,14 +140,15 @@ class PolysemanticityReport:
         splits = {(split.layer, split.channel): split for split in self.plan}
         first = sorted(self.channels, key=lambda found: found.cosine_similarity)[:MAX_CARDS]
         return [
-            build_card(
-                self._evidence[found.layer],
-                found,
-                [pair for pair in self.pairs if (pair.layer, pair.channel) == (found.layer, found.channel)],
-                splits[found.layer, found.channel],
-            )
+            self._card(self._evidence[found.layer].of_channel(found.channel), found, splits[found.layer, found.channel])
             for found in first
         ]
+
+    def _card(self, evidence: LayerEvidence, found: PolysemanticChannel, split: ChannelSplit) -> ChannelCard:
+        pairs = [pair for pair in self.pairs if (pair.layer, pair.channel) == (found.layer, found.channel)]
+        card = build_card(evidence, found, pairs, split)
+        names = self.concept_names[found.layer, found.channel][: len(card.concepts)]
+        return replace(card, names=names) if self.has_clusters else card
 
     @cached_property
     def overviews(self) -> list[LayerOverview]:
@@ -154,13 +156,21 @@ class PolysemanticityReport:
         if self._saved_overviews is not None or self._evidence is None:
             return self._saved_overviews or []
         return [
-            build_overview(
+            self._overview(
                 evidence,
                 [found for found in self.channels if found.layer == name],
                 [pair for pair in self.pairs if pair.layer == name],
             )
             for name, evidence in self._evidence.items()
         ]
+
+    @staticmethod
+    def _overview(
+        evidence: LayerEvidence | ClusterEvidence, channels: list[PolysemanticChannel], pairs: list[PolysemanticPair]
+    ) -> LayerOverview:
+        if isinstance(evidence, ClusterEvidence):
+            return cluster_overview(evidence, channels, pairs)
+        return build_overview(evidence, channels, pairs)
 
     def relevance_vectors(self, layer: str) -> RelevanceTable:
         """The relevance vectors of a layer's flagged channels, one for each class that a channel is relevant for.
@@ -174,7 +184,13 @@ class PolysemanticityReport:
         return relevance_table(self._evidence[layer], [found for found in self.channels if found.layer == layer])
 
     def suggest_settings(self) -> SuggestedSettings:
-        """Settings that suit these layers and data, and why, from the `sweeps`."""
+        """Settings that suit these layers and data, and why, from the `sweeps`.
+
+        Raises:
+            ValueError: If concepts are clusters, whose settings are the same for all layers.
+        """
+        if self.has_clusters:
+            raise InputError("`suggest_settings` is about classes, and this report's concepts are clusters.")
         return suggest_settings(self.sweeps, self.settings)
 
     def judge(self) -> None:
@@ -185,7 +201,7 @@ class PolysemanticityReport:
         """Plan splits of chosen channels between two classes each, flagged or not (the paper's case).
 
         Args:
-            pairs: ``(layer, channel, class_a, class_b)`` each.
+            pairs: ``(layer, channel, class_a, class_b)`` each; with clusters, two of the channel's clusters.
 
         Returns:
             A plan with ``concepts == [[class_a], [class_b]]`` and membership rows in that order.
@@ -226,8 +242,10 @@ class PolysemanticityReport:
         if self._evidence is None or class_a == class_b:
             self._has_samples()
             raise InputError(f"Expected two different classes, but got {class_a} twice.")
-        n_images = self._evidence[layer].statistics.n_images
+        n_images = self._evidence[layer].of_channel(channel).statistics.n_images
         for label in (class_a, class_b):
+            if self.has_clusters and not 0 <= label < len(n_images):
+                raise InputError(f"Expected one of the {len(n_images)} clusters of channel {channel}, but got {label}.")
             if not 0 <= label < len(n_images) or n_images[label] == 0:
                 raise InputError(f"Expected a class that has images, but got {label}.")
 

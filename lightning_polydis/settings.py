@@ -32,7 +32,10 @@ class AnalysisSettings:
             for ``"paper"``, ``"auto"`` for ``"optimized"``.
         method: ``"optimized"``: class-conditional relevance vectors and soft membership. ``"paper"``: the rules of
             arXiv:2504.12939.
-        concepts: ``"classes"``: concepts are groups of classes.
+        concepts: ``"classes"``: concepts are groups of classes. ``"clusters"``: they are clusters of the images that
+            activate a channel most, by which sources make it fire; neither targets nor logits are needed, and targets,
+            where a batch has them, only name the clusters. Relevance threshold, class fraction and attribution then
+            mean nothing; with ``similarity_threshold="auto"`` centres count as different below 0.85.
         leak_weight: How much a concept channel that answers to other concepts weighs against one that differs from
             the original on its own images, above 0. For ``method="optimized"``.
         attribution: What decides which channels are relevant: ``"gradient_x_input"``, or a zennit composite or the name
@@ -41,16 +44,19 @@ class AnalysisSettings:
         num_classes: Number of classes; `None`: the width of the logits.
         class_names: Names of the classes, for reports.
         calibration_samples: Images of each class whose layer input is kept, half to choose memberships, half to judge
-            them; 0: no plan; `None`: all images, all used to choose.
+            them; 0: no plan; `None`: all images, all used to choose. With clusters: images of each cluster that are
+            used so; kept are those of each channel's 200 strongest images that fit into the memory.
         calibration_memory: MiB that these samples may take; lowers their number where it would not do, and says so.
             While an epoch is analysed, those of the last report are there as well. Not for `None`. Relevance vectors
-            take at most a quarter as much again, thumbnails of the images an eighth.
+            take at most a quarter as much again (with clusters half), thumbnails of the images an eighth.
         denormalize: What makes pictures in [0, 1] of the images, for the reports: a function on ``[n, C, H, W]``, or
             mean and standard deviation of each colour. `None`: those of the data set's transforms, if it has such.
         logits_module: Name of the module whose output is the logits, where it is not the outermost one.
         target_fn: Batch -> class indices ``[B]``. `None`: ``batch[1]``, or ``batch["label"]``, ``"labels"``,
             ``"target"``, ``"targets"`` or ``"y"``.
         logits_fn: Network output -> logits ``[B, K]``. `None`: the tensor itself, ``.logits`` or ``["logits"]``.
+        describe_fn: Names a cluster for the reports, from its strongest images ``[n, 3, h, w]``, ``uint8``: a
+            captioning model, for instance. `None`: the classes that fill it, or a number.
 
     Raises:
         ValueError: If a setting is out of range, or not available in this version.
@@ -78,6 +84,7 @@ class AnalysisSettings:
     logits_module: str | None = None
     target_fn: Callable[[Any], Any] | None = None
     logits_fn: Callable[[Any], Any] | None = None
+    describe_fn: Callable[[Any], str] | None = None
 
     def __post_init__(self) -> None:
         self._check_layers()
@@ -108,11 +115,24 @@ class AnalysisSettings:
         check_choice("method", self.method, ["paper", "optimized"])
         check_choice("concepts", self.concepts, ["classes", "clusters"])
         if self.concepts == "clusters":
-            raise InputError('`concepts="clusters"` is not available in this version yet. Use `concepts="classes"`.')
+            self._check_clusters()
+        elif self.describe_fn is not None:
+            raise InputError("`describe_fn` names clusters: it needs `concepts='clusters'`.")
         if self.attribution != "gradient_x_input":
             from lightning_polydis.lrp import resolve_composite  # zennit takes its time to import
 
             resolve_composite(self.attribution)
+
+    def _check_clusters(self) -> None:
+        if self.method == "paper":
+            raise InputError(
+                "`method='paper'` knows concepts by their classes. Use `concepts='classes'`, or `method='optimized'`."
+            )
+        if self.attribution != "gradient_x_input":
+            raise InputError(
+                "`attribution` decides which channels are relevant for a class, and `concepts='clusters'` knows no "
+                "classes. Leave it out, or use `concepts='classes'`."
+            )
 
     def _check_similarity_threshold(self) -> None:
         value = self.similarity_threshold
@@ -131,7 +151,7 @@ class AnalysisSettings:
         check_in_range("similarity_threshold", value, -1, 1)
 
     def _check_functions(self) -> None:
-        for name in ("target_fn", "logits_fn"):
+        for name in ("target_fn", "logits_fn", "describe_fn"):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise InputError(f"Expected argument `{name}` to be a function or None, but got {value!r}.")
@@ -178,13 +198,18 @@ class AnalysisSettings:
 
     def to_json(self) -> dict[str, Any]:
         """What defines the result, in plain types."""
-        return {
+        shared = {
             "method": self.method,
             "concepts": self.concepts,
-            "attribution": self.attribution_name,
-            "relevance_threshold": float(self.relevance_threshold),  # numpy's numbers are no plain types
-            "class_fraction": float(self.class_fraction),
             "similarity_threshold": self.threshold,
-            "leak_weight": float(self.leak_weight),
+            "leak_weight": float(self.leak_weight),  # numpy's numbers are no plain types
             "calibration_samples": self.calibration_samples,
+        }
+        if self.concepts == "clusters":
+            return shared
+        return {
+            **shared,
+            "attribution": self.attribution_name,
+            "relevance_threshold": float(self.relevance_threshold),
+            "class_fraction": float(self.class_fraction),
         }

@@ -34,11 +34,19 @@ BATCH_ELEMENTS = 2**25
 
 @dataclass(frozen=True)
 class WantedSplit:
-    """A channel to split, the classes of each concept, and the sign with which each concept uses the channel."""
+    """A channel to split.
+
+    Attributes:
+        channel: Index of the channel.
+        concepts: The classes (or clusters) of each concept.
+        directions: The sign with which each concept uses the channel.
+        samples: Images that choose the memberships.
+    """
 
     channel: int
     concepts: Sequence[Sequence[int]]
     directions: Sequence[int]
+    samples: Samples
 
 
 @dataclass(frozen=True)
@@ -58,9 +66,7 @@ class ChannelRows:
     bias: float
 
 
-def soft_memberships(
-    layer: LinearLayer, wanted: Sequence[WantedSplit], samples: Samples, leak_weight: float
-) -> list[Tensor]:
+def soft_memberships(layer: LinearLayer, wanted: Sequence[WantedSplit], leak_weight: float) -> list[Tensor]:
     r"""Memberships of the sources of some channels, all solved for together.
 
     With :math:`d_i` the channel computed from weights :math:`m_{ik} w_k` and the bias, :math:`z` the channel itself and
@@ -78,15 +84,14 @@ def soft_memberships(
 
     Args:
         layer: The layer, on the CPU.
-        wanted: What to split.
-        samples: Images that choose the memberships.
+        wanted: What to split, and by which images.
         leak_weight: Weight of what a concept channel answers to the other concepts.
 
     Returns:
         For each wanted split the membership ``[K, I]``, ``float32``.
     """
     # One channel may be wanted in several ways: results are kept by place.
-    rows = ((place, channel_rows(layer, split, samples)) for place, split in enumerate(wanted))
+    rows = ((place, channel_rows(layer, split)) for place, split in enumerate(wanted))
     found: dict[int, Tensor] = {}
     for batch in _batches(rows):
         problems = [membership_problem(part, concept, leak_weight) for _, part in batch for concept in _concepts(part)]
@@ -114,8 +119,9 @@ def _batches(rows: Iterable[tuple[int, ChannelRows]]) -> Iterator[list[tuple[int
         yield batch
 
 
-def channel_rows(layer: LinearLayer, split: WantedSplit, samples: Samples) -> ChannelRows:
+def channel_rows(layer: LinearLayer, split: WantedSplit) -> ChannelRows:
     """What the samples say about a channel, for its concepts' images and some of all remaining classes."""
+    samples = split.samples
     named = [label for concept in split.concepts for label in concept]
     groups = [samples.of_classes(concept) for concept in split.concepts]
     rest = samples[~torch.isin(samples.targets, torch.tensor(named))]

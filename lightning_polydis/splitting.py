@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import torch
@@ -60,9 +61,20 @@ class _SplitLayer(StructuredModule, Generic[Layer]):
         self.register_structure("concept_directions", _integers(signs, device))
         membership = [split.membership for split in splits] or [torch.empty(0, inputs_per_channel(layer))]
         self.register_buffer("membership", torch.cat(membership).to(device))
+        self._register_centres(splits, device)
         self.register_buffer("original_weight", layer.weight.detach()[self.channels].clone())
         bias = None if layer.bias is None else layer.bias.detach()[self.channels].clone()
         self.register_buffer("original_bias", bias)
+
+    def _register_centres(self, splits: Sequence[ChannelSplit], device: torch.device) -> None:
+        """What tells clusters apart, if there are any; NaN for splits by classes."""
+        if all(split.centres is None for split in splits):
+            return
+        unknown = [torch.full_like(split.membership, torch.nan) for split in splits]
+        centres = [own if split.centres is None else split.centres for split, own in zip(splits, unknown, strict=True)]
+        floors = [floor for split in splits for floor in split.floors or [math.nan] * len(split.concepts)]
+        self.register_buffer("concept_centres", torch.cat(centres).to(device))
+        self.register_buffer("concept_floors", torch.tensor(floors, dtype=torch.float32, device=device))
 
     def _most_extra(self) -> int:
         """Appended channels of each group: as many as the group that needs most of them has."""
@@ -369,6 +381,7 @@ def stored_splits(buffers: Mapping[str, Tensor], layer_name: str) -> list[Channe
         concepts[row].append(label)
     memberships = buffers["membership"].float().cpu().split(counts)
     directions: list[int] = buffers["concept_directions"].tolist()
+    centres, floors = (buffers.get(name) for name in ("concept_centres", "concept_floors"))
     splits, first = [], 0
     for channel, membership, rho in zip(
         buffers["channels"].tolist(), memberships, buffers["rho"].tolist(), strict=True
@@ -376,6 +389,10 @@ def stored_splits(buffers: Mapping[str, Tensor], layer_name: str) -> list[Channe
         last = first + len(membership)
         ratio = None if math.isnan(rho) else round(rho, 6)  # NaN marks a split without a ratio, 0 one without a sign
         signs = directions[first:last] if all(directions[first:last]) else None
-        splits.append(ChannelSplit(layer_name, channel, concepts[first:last], membership, ratio, signs))
+        split = ChannelSplit(layer_name, channel, concepts[first:last], membership, ratio, signs)
+        if centres is not None and floors is not None and not bool(floors[first:last].isnan().any()):
+            own = centres[first:last].float().cpu()
+            split = replace(split, centres=own, floors=[float(f"{floor:.9g}") for floor in floors[first:last].tolist()])
+        splits.append(split)
         first = last
     return splits

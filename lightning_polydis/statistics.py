@@ -198,6 +198,7 @@ class Samples:
         relevant: Which channels are relevant for the image, ``[N, C]``, boolean.
         rows: Which of them belong to this part, integer; `None`: all.
         thumbnails: Small pictures of the images, ``[N, 3, h, w]``, ``uint8``, or `None`.
+        labels: Class of each, ``[N]``, where targets are something else (numbers of clusters) and classes are known.
     """
 
     def __init__(
@@ -207,8 +208,9 @@ class Samples:
         relevant: Tensor,
         rows: Tensor | None = None,
         thumbnails: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> None:
-        self._inputs, self._relevant, self._thumbnails = inputs, relevant, thumbnails
+        self._inputs, self._relevant, self._thumbnails, self._labels = inputs, relevant, thumbnails, labels
         self._rows = torch.arange(len(targets)) if rows is None else rows
         self._all_targets = targets
 
@@ -232,11 +234,17 @@ class Samples:
         """``[n, 3, h, w]``, ``uint8``, a copy; `None` if the data holds no images."""
         return None if self._thumbnails is None else self._thumbnails[self._rows]
 
+    @property
+    def labels(self) -> Tensor | None:
+        """``[n]``, integer, a copy; `None` if targets are the classes, or no classes are known."""
+        return None if self._labels is None else self._labels[self._rows]
+
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: Tensor | slice) -> Samples:
-        return Samples(self._inputs, self._all_targets, self._relevant, self._rows[index], self._thumbnails)
+        rows = self._rows[index]
+        return Samples(self._inputs, self._all_targets, self._relevant, rows, self._thumbnails, self._labels)
 
     def of_classes(self, classes: Sequence[int]) -> Samples:
         """Only the images of some classes."""

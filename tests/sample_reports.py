@@ -1,5 +1,7 @@
 """Made-up reports of any size, for tests of what shows them."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -55,6 +57,93 @@ def sample_report(
         _saved_sweeps=[_sweep(layer, n_channels) for layer in layers],
         _saved_cards=[card for part in parts for card in part["cards"]][:MAX_CARDS],
         _saved_overviews=[part["overview"] for part in parts],
+    )
+
+
+DESCRIBED = "<b>faces</b> of dogs | cats, costing $5 or $6 and seen from the front\nin the evening sun, at most"
+
+
+def cluster_report(n_flagged=3, labels=True, described=False, class_names=None, images=True, n_channels=64):
+    """A report of ``concepts="clusters"``.
+
+    Args:
+        n_flagged: Flagged channels: of two concepts, of three, of two, of which one holds two clusters, and so on.
+        labels: Whether classes are known.
+        described: Whether a function has put names to clusters: long ones that look like markup.
+        class_names: Names of the ten classes.
+        images: Whether cards have images.
+        n_channels: Channels of the layer.
+    """
+    rng, layer = np.random.default_rng(1), "net.layer4.2.conv3"
+    names = [f"class {index}" for index in range(10)] if class_names is None else class_names
+    channels = [_clustered(layer, channel, labels, rng) for channel in range(n_flagged)]
+    report = sample_report(n_flagged, n_channels=n_channels, class_names=names, layers=(layer,), images=images)
+    report = replace(
+        report,
+        channels=channels,
+        pairs=[
+            PolysemanticPair(
+                layer, c.channel, c.concepts[0][0], c.concepts[1][0], c.cosine_similarity, (0.01, 0.4), c.is_clear
+            )
+            for c in channels
+        ],
+        settings={"layers": [layer], "method": "optimized", "concepts": "clusters", "similarity_threshold": 0.5},
+        class_names=list(names) if labels else None,
+        notes=["Of 12 channels too few images were kept to look for clusters."],
+        _saved_quality=[_quality(channel, rng) for channel in channels],
+        _saved_sweeps=[],
+        _saved_overviews=[_cluster_overview(layer, channels, labels, rng)],
+    )
+    if described:
+        said = {(c.layer, c.channel): [f"{n}: {DESCRIBED}" for n in range(len(c.concepts))] for c in channels}
+        report = replace(report, _saved_names=said)
+    cards = [_cluster_card(c, report.concept_names[layer, c.channel], labels, images, rng) for c in channels]
+    return replace(report, _saved_cards=cards[:MAX_CARDS])
+
+
+def _clustered(layer, channel, labels, rng):
+    concepts = [[[0], [1]], [[0], [1], [2]], [[0, 2], [1]]][channel % 3]
+    clusters = sorted(number for concept in concepts for number in concept)
+    shares = [
+        list(zip(rng.choice(10, 5, replace=False).tolist(), [0.62, 0.2, 0.08, 0.06, 0.04], strict=True))
+        for _ in concepts
+    ]
+    contents = shares if labels else [[] for _ in concepts]
+    cosine = 0.05 + 0.01 * channel
+    found = PolysemanticChannel(layer, channel, clusters, concepts, cosine, 0.97, 0.5, channel % 2 == 0)
+    return replace(found, contents=contents, stability=0.93 - 0.01 * channel)
+
+
+def _cluster_card(channel, names, labels, images, rng):
+    """Of ten classes one image each, every fifth in no cluster."""
+    card = _card(channel, images, rng)
+    rows = [
+        replace(
+            row,
+            images=[
+                replace(
+                    image,
+                    target=-1 if place % 5 == 4 else channel.classes[place % len(channel.classes)],
+                    label=place if labels else None,
+                )
+                for place, image in enumerate(row.images)
+            ],
+        )
+        for row in card.rows
+    ]
+    return replace(card, rows=rows, names=list(names))
+
+
+def _cluster_overview(layer, channels, labels, rng):
+    shown = [channel.channel for channel in channels][:40] or [3, 4]
+    classes = list(range(10)) if labels else []
+    return replace(
+        _overview(layer, channels, rng),
+        channels=shown,
+        classes=classes,
+        relevance=[rng.dirichlet(np.ones(10)).tolist() if labels else [] for _ in shown],
+        near_misses=[NearMiss(60, 0, 1, 0.61, 0.61, 0.5), NearMiss(61, 0, 2, 0.7, 0.7, 0.5)],
+        has_clusters=True,
     )
 
 

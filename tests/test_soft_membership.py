@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +9,24 @@ from torch import nn
 
 from lightning_polydis import soft_membership
 from lightning_polydis.box_newton import minimise_in_box
-from lightning_polydis.soft_membership import WantedSplit, channel_rows, membership_problem, soft_memberships
+from lightning_polydis.soft_membership import WantedSplit, membership_problem
 from lightning_polydis.statistics import Samples
 from tests import reference
 
 LEAK = 3.0
 CHANNEL = 2
+
+
+def wanted(channel, concepts, directions, samples=None):
+    return WantedSplit(channel, concepts, directions, samples)
+
+
+def channel_rows(layer, split, samples):
+    return soft_membership.channel_rows(layer, replace(split, samples=samples))
+
+
+def soft_memberships(layer, splits, samples, leak_weight):
+    return soft_membership.soft_memberships(layer, [replace(split, samples=samples) for split in splits], leak_weight)
 
 
 def conv(bias=True, kernel=3, **kwargs):
@@ -75,7 +88,7 @@ def by_scipy(layer, concepts, directions, samples, concept):
 @cases
 def test_the_loss_is_that_of_the_formula(layer, concepts, directions):
     samples = make_samples(layer)
-    rows = channel_rows(layer, WantedSplit(CHANNEL, concepts, directions), samples)
+    rows = channel_rows(layer, wanted(CHANNEL, concepts, directions), samples)
     generator = torch.Generator().manual_seed(1)
     for concept in range(len(concepts)):
         problem = membership_problem(rows, concept, LEAK)
@@ -90,7 +103,7 @@ def test_the_loss_is_that_of_the_formula(layer, concepts, directions):
 @cases
 def test_memberships_are_the_minimum_of_the_formula(layer, concepts, directions):
     samples = make_samples(layer)
-    (found,) = soft_memberships(layer, [WantedSplit(CHANNEL, concepts, directions)], samples, LEAK)
+    (found,) = soft_memberships(layer, [wanted(CHANNEL, concepts, directions)], samples, LEAK)
     assert (found.shape, found.dtype) == ((len(concepts), 5), torch.float32)
     for concept, membership in enumerate(found):
         loss, place = by_scipy(layer, concepts, directions, samples, concept)
@@ -107,7 +120,7 @@ def test_all_parts_of_the_loss_have_a_say():
     losses = {}
     for name, parts in (("own", ["own"]), ("leak", ["own", "other"]), ("spurious", ["own", "rest"])):
         some = samples.of_classes([label for part in parts for label in of[part]])
-        rows = channel_rows(layer, WantedSplit(CHANNEL, concepts, directions), some)
+        rows = channel_rows(layer, wanted(CHANNEL, concepts, directions), some)
         problem = membership_problem(rows, 0, LEAK)
         losses[name] = problem.loss(problem.errors(everything[None])).item()
         expected = slow_loss(layer, concepts, directions, some, 0, everything).item()
@@ -121,7 +134,7 @@ def test_the_order_of_the_concepts_changes_nothing(layer, concepts, directions):
     samples = make_samples(layer)
     forward, backward = soft_memberships(
         layer,
-        [WantedSplit(CHANNEL, concepts, directions), WantedSplit(CHANNEL, concepts[::-1], directions[::-1])],
+        [wanted(CHANNEL, concepts, directions), wanted(CHANNEL, concepts[::-1], directions[::-1])],
         samples,
         LEAK,
     )
@@ -132,13 +145,13 @@ def test_the_order_of_the_concepts_changes_nothing(layer, concepts, directions):
 @pytest.mark.parametrize("factor", [1e-3, 250.0])
 @cases
 def test_the_scale_of_the_channel_changes_nothing(layer, concepts, directions, factor):
-    samples, wanted = make_samples(layer), [WantedSplit(CHANNEL, concepts, directions)]
+    samples, splits = make_samples(layer), [wanted(CHANNEL, concepts, directions)]
     scaled = copy.deepcopy(layer)
     with torch.no_grad():
         scaled.weight[CHANNEL] *= factor
         if scaled.bias is not None:
             scaled.bias[CHANNEL] *= factor
-    expected, found = (soft_memberships(one, wanted, samples, LEAK)[0] for one in (layer, scaled))
+    expected, found = (soft_memberships(one, splits, samples, LEAK)[0] for one in (layer, scaled))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -149,23 +162,23 @@ def test_turning_the_channel_and_its_directions_round_changes_nothing():
         turned.weight[CHANNEL] *= -1
         turned.bias[CHANNEL] *= -1
     concepts, directions = THREE
-    expected = soft_memberships(layer, [WantedSplit(CHANNEL, concepts, directions)], samples, LEAK)[0]
-    found = soft_memberships(turned, [WantedSplit(CHANNEL, concepts, [-s for s in directions])], samples, LEAK)[0]
+    expected = soft_memberships(layer, [wanted(CHANNEL, concepts, directions)], samples, LEAK)[0]
+    found = soft_memberships(turned, [wanted(CHANNEL, concepts, [-s for s in directions])], samples, LEAK)[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_several_channels_are_solved_as_each_alone(monkeypatch):
     layer, samples = conv(), make_samples(conv())
-    wanted = [
-        WantedSplit(2, *TWO),
-        WantedSplit(0, *THREE),
-        WantedSplit(2, *OPPOSED),  # the same channel in another way
-        WantedSplit(1, *TWO),
+    splits = [
+        wanted(2, *TWO),
+        wanted(0, *THREE),
+        wanted(2, *OPPOSED),  # the same channel in another way
+        wanted(1, *TWO),
     ]
-    together = soft_memberships(layer, wanted, samples, LEAK)
-    alone = [soft_memberships(layer, [split], samples, LEAK)[0] for split in wanted]
+    together = soft_memberships(layer, splits, samples, LEAK)
+    alone = [soft_memberships(layer, [split], samples, LEAK)[0] for split in splits]
     monkeypatch.setattr(soft_membership, "BATCH_ELEMENTS", 1)
-    in_pieces = soft_memberships(layer, wanted, samples, LEAK)
+    in_pieces = soft_memberships(layer, splits, samples, LEAK)
     for one, two, three in zip(together, alone, in_pieces, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
         torch.testing.assert_close(three, two, rtol=0, atol=1e-6)
@@ -177,7 +190,7 @@ def test_sources_that_only_one_concept_reads_are_told_apart():
     inputs = torch.zeros(8, 4, 3, 3)
     inputs[::2, :2], inputs[1::2, 2] = 1, 2  # nobody reads the last source
     samples = Samples(inputs, torch.arange(8) % 2, torch.ones(8, 1, dtype=torch.bool))
-    (found,) = soft_memberships(layer, [WantedSplit(0, [[0], [1]], [1, 1])], samples, LEAK)
+    (found,) = soft_memberships(layer, [wanted(0, [[0], [1]], [1, 1])], samples, LEAK)
     torch.testing.assert_close(found, torch.tensor([[1.0, 1, 0, 1], [0, 0, 1, 1]]), rtol=0, atol=1e-6)
 
 
@@ -186,7 +199,7 @@ def test_a_larger_leak_weight_leaks_less():
     samples, (concepts, directions) = make_samples(layer), TWO
     leaks, own = [], []
     for weight in (0.1, 1.0, 10.0):
-        (found,) = soft_memberships(layer, [WantedSplit(CHANNEL, concepts, directions)], samples, weight)
+        (found,) = soft_memberships(layer, [wanted(CHANNEL, concepts, directions)], samples, weight)
         shares = found[0].double()
         own.append(slow_loss(layer, concepts, directions, samples, 0, shares, leak_weight=0).item())
         leaks.append(slow_loss(layer, concepts, directions, samples, 0, shares, leak_weight=1).item() - own[-1])
@@ -198,7 +211,7 @@ def test_a_larger_leak_weight_leaks_less():
 def test_classes_without_images_leave_memberships_in_the_box(missing):
     layer = conv(bias=False)
     samples = make_samples(layer).of_classes([label for label in range(6) if label not in missing])
-    (found,) = soft_memberships(layer, [WantedSplit(CHANNEL, *OPPOSED)], samples, LEAK)
+    (found,) = soft_memberships(layer, [wanted(CHANNEL, *OPPOSED)], samples, LEAK)
     assert found.shape == (2, 5)
     assert bool(((found >= 0) & (found <= 1)).all())
     if missing == list(range(6)):
@@ -212,7 +225,7 @@ def test_classes_without_images_leave_memberships_in_the_box(missing):
 def test_many_images_and_large_maps_are_thinned_evenly_and_repeatably(monkeypatch):
     layer = conv(kernel=1)
     samples = make_samples(layer, n=1200)
-    split = WantedSplit(CHANNEL, *TWO)
+    split = wanted(CHANNEL, *TWO)
     rows = channel_rows(layer, split, samples)
     assert [int((rows.concepts == concept).sum()) for concept in (0, 1, -1)] == [64 * 25] * 3
     whole = soft_memberships(layer, [split], samples, LEAK)[0]
@@ -232,6 +245,6 @@ def test_many_images_and_large_maps_are_thinned_evenly_and_repeatably(monkeypatc
 def test_the_minimum_is_found_to_the_promised_tolerance():
     layer = conv()
     for concepts, directions in (TWO, OPPOSED, THREE):
-        rows = channel_rows(layer, WantedSplit(CHANNEL, concepts, directions), make_samples(layer))
+        rows = channel_rows(layer, wanted(CHANNEL, concepts, directions), make_samples(layer))
         for concept in range(len(concepts)):
             assert minimise_in_box(membership_problem(rows, concept, LEAK)).optimality.item() <= 1e-9

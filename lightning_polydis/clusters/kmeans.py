@@ -1,7 +1,7 @@
 """K-means of many small clouds at once.
 
-A layer has thousands of channels, each with a cloud of its own, and for each cloud there are clouds to compare it with.
-One at a time, by a library, that takes minutes where this takes seconds; that both find clusters equally tight is tested.
+A layer has thousands of channels, each with a cloud of its own, and each of those is compared with dozens of made-up
+ones. A library that takes one at a time needs minutes where this takes seconds.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 MAX_STEPS = 20
 
@@ -18,9 +19,9 @@ class Clustering(NamedTuple):
     """Clusters of ``G`` clouds.
 
     Attributes:
-        labels: Cluster of each point, ``[G, n]``, integer; that of points that do not count means nothing.
+        labels: Cluster of each point, ``[G, n]``, integer; means nothing where a point does not count.
         centres: ``[G, k, P]``.
-        inertia: Sum of squared distances to the own centre, ``[G]``.
+        inertia: Sum over the points that count of the squared distance to their centre, ``[G]``.
     """
 
     labels: Tensor
@@ -29,53 +30,30 @@ class Clustering(NamedTuple):
 
 
 def k_means(points: Tensor, counts: Tensor, k: int, generator: torch.Generator, n_starts: int = 3) -> Clustering:
-    """K-means of each cloud, the best of several starts (k-means++, arXiv:cs/0703125 has none of it by that name).
+    """K-means of each cloud: the best of several starts by k-means++, each improved until nothing changes.
 
     Args:
-        points: ``[G, n, P]``.
-        counts: Which points count, ``[G, n]``, boolean; at least ``k`` in each cloud.
+        points: ``[G, n, P]``, floating point.
+        counts: Which points count, ``[G, n]``, boolean; at least one in each cloud.
         k: Number of clusters.
         generator: Draws the starts.
         n_starts: How many.
+
+    Example:
+        >>> import torch
+        >>> points = torch.tensor([[[0.0], [0.1], [5.0], [5.1]]])
+        >>> found = k_means(points, torch.ones(1, 4, dtype=torch.bool), 2, torch.Generator().manual_seed(0))
+        >>> bool(found.labels[0, 0] == found.labels[0, 1] != found.labels[0, 2] == found.labels[0, 3])
+        True
     """
-    best = _lloyd(points, counts, _start(points, counts, k, generator))
+    if not len(points):
+        return Clustering(counts.long(), points.new_zeros(0, k, points.shape[2]), points.new_zeros(0))
+    best = _improved(points, counts, _start(points, counts, k, generator))
     for _ in range(n_starts - 1):
-        other = _lloyd(points, counts, _start(points, counts, k, generator))
+        other = _improved(points, counts, _start(points, counts, k, generator))
         is_better = other.inertia < best.inertia
-        best = Clustering(*(_where(is_better, new, old) for new, old in zip(other, best, strict=True)))
+        best = Clustering(*(_chosen(is_better, new, old) for new, old in zip(other, best, strict=True)))
     return best
-
-
-def _where(condition: Tensor, values: Tensor, others: Tensor) -> Tensor:
-    return torch.where(condition.view(-1, *[1] * (values.ndim - 1)), values, others)
-
-
-def _start(points: Tensor, counts: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """Centres to start from, each a point drawn in proportion to its squared distance from those before it."""
-    weights = counts.to(points.dtype)
-    centres: list[Tensor] = []
-    nearest = torch.full_like(weights, torch.inf)
-    for _ in range(k):
-        drawn = torch.multinomial(weights, 1, generator=generator)[:, :, None].expand(-1, -1, points.shape[2])
-        centres.append(points.gather(1, drawn))
-        nearest = torch.minimum(nearest, ((points - centres[-1]) ** 2).sum(2))
-        weights = nearest * counts + counts * 1e-20  # where all points are alike, any will do
-    return torch.cat(centres, dim=1)
-
-
-def _lloyd(points: Tensor, counts: Tensor, centres: Tensor) -> Clustering:
-    weights = counts.to(points.dtype)
-    labels = nearest_centre(points, centres)
-    for _ in range(MAX_STEPS):
-        owns = torch.nn.functional.one_hot(labels, centres.shape[1]).to(points.dtype) * weights[..., None]
-        sizes = owns.sum(1)[..., None]
-        centres = torch.where(sizes > 0, owns.mT @ points / sizes.clamp(min=1), centres)
-        moved = nearest_centre(points, centres)
-        if torch.equal(moved, labels):
-            break
-        labels = moved
-    own = centres.gather(1, labels[..., None].expand(-1, -1, points.shape[2]))
-    return Clustering(labels, centres, (((points - own) ** 2).sum(2) * weights).sum(1))
 
 
 def nearest_centre(points: Tensor, centres: Tensor) -> Tensor:
@@ -86,3 +64,34 @@ def nearest_centre(points: Tensor, centres: Tensor) -> Tensor:
         centres: ``[G, k, P]``.
     """
     return ((centres**2).sum(2)[:, None] - 2 * points @ centres.mT).argmin(2)
+
+
+def _chosen(condition: Tensor, values: Tensor, others: Tensor) -> Tensor:
+    return torch.where(condition.view(-1, *[1] * (values.ndim - 1)), values, others)
+
+
+def _start(points: Tensor, counts: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Centres to start from: points, each drawn in proportion to its squared distance from those drawn before."""
+    weights = counts.to(points.dtype)
+    distance = torch.full_like(weights, torch.inf)
+    centres: list[Tensor] = []
+    for _ in range(k):
+        drawn = torch.multinomial(weights, 1, generator=generator)[..., None].expand(-1, -1, points.shape[2])
+        centres.append(points.gather(1, drawn))
+        distance = torch.minimum(distance, ((points - centres[-1]) ** 2).sum(2))
+        weights = (distance + 1e-20) * counts  # something, lest there be nothing to draw where all points are alike
+    return torch.cat(centres, dim=1)
+
+
+def _improved(points: Tensor, counts: Tensor, centres: Tensor) -> Clustering:
+    labels = nearest_centre(points, centres)
+    for _ in range(MAX_STEPS):
+        owns = F.one_hot(labels, centres.shape[1]).to(points.dtype) * counts[..., None]
+        sizes = owns.sum(1)[..., None]
+        centres = torch.where(sizes > 0, owns.mT @ points / sizes.clamp(min=1), centres)
+        moved = nearest_centre(points, centres)
+        if torch.equal(moved, labels):
+            break
+        labels = moved
+    own = centres.gather(1, labels[..., None].expand(-1, -1, points.shape[2]))
+    return Clustering(labels, centres, (((points - own) ** 2).sum(2) * counts).sum(1))

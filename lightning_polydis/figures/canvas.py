@@ -90,15 +90,44 @@ def pixels_of(images: Tensor) -> np.ndarray:
     return (images if images.ndim == 3 else images.permute(0, 2, 3, 1)).clamp(max=1).numpy()
 
 
-def row_label(row: int, concepts: Sequence[Sequence[int]], class_names: Sequence[str] | None) -> tuple[str, str]:
-    """Name of a concept's row, and its classes in at most two lines."""
-    names = [named(label, class_names) for label in concepts[row - 1]]
-    return f"concept {row}", "\n".join(textwrap.wrap(", ".join(names), 18, max_lines=2, placeholder=" ..."))
+def row_label(
+    row: int,
+    concepts: Sequence[Sequence[int]],
+    class_names: Sequence[str] | None,
+    concept_names: Sequence[str] | None = None,
+) -> tuple[str, str]:
+    """Heading of a concept's row, and in at most two lines its name, or its classes where concepts have none."""
+    if concept_names is None:
+        text = ", ".join(named(label, class_names) for label in concepts[row - 1])
+    else:
+        text = concept_names[row - 1].replace(" %", "\N{NO-BREAK SPACE}%")
+    return f"concept {row}", "\n".join(textwrap.wrap(text, 18, max_lines=2, placeholder=" ..."))
+
+
+def check_concept_names(n_concepts: int, concept_names: Sequence[str] | None) -> None:
+    """See that each concept has a name, if any has one."""
+    if concept_names is not None and len(concept_names) != n_concepts:
+        raise ValueError(
+            f"Expected argument `concept_names` to name {n_concepts} concepts, but got {len(concept_names)} names."
+        )
 
 
 def named(label: int, class_names: Sequence[str] | None) -> str:
     """Name of a class, or its index."""
     return str(label) if class_names is None else class_names[label]
+
+
+def names_up_to(class_names: Sequence[str] | None, classes: Sequence[int]) -> list[str] | None:
+    """Names of all classes, with numbers for those of some classes that have none; `None` if no class has a name.
+
+    Example:
+        >>> names_up_to(["cat"], [0, 2])
+        ['cat', 'class 1', 'class 2']
+    """
+    if class_names is None:
+        return None
+    names = [str(name) for name in class_names]
+    return names + [f"class {index}" for index in range(len(names), max(classes, default=-1) + 1)]
 
 
 def shortened(text: str, width: int) -> str:

@@ -20,6 +20,7 @@ from lightning_polydis.figures.canvas import (
     row_label,
 )
 from lightning_polydis.figures.matrix import draw_similarities
+from lightning_polydis.figures.overview import check_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +52,9 @@ def card_figure(
     images of each concept; then the inputs that add most to the concept, and how much of each is the concept's own. In
     the first row instead: how similar the relevance vectors of the channel's classes are. Images and densities are of
     all calibration samples, also those that chose the split.
+
+    Where concepts are clusters of images, frames show the concept that an image itself belongs to, and images of an
+    unknown class have no name below them.
 
     Args:
         card: One of `PolysemanticityReport.cards`.
@@ -88,7 +92,7 @@ def card_figure(
         for column, image in enumerate(rows[index].images[:n_columns]):
             if image.pixels is None:  # damaged in the file that it comes from
                 continue
-            pixels, caption = pixels_of(image.pixels[None])[0], named(image.target, class_names)
+            pixels, caption = pixels_of(image.pixels[None])[0], _caption(card, image, class_names)
             canvas.image(index, column, pixels, _frame_colour(card, image), caption=caption)
     _draw_facts(canvas, card)
     if remarks := _remarks(card, n_columns):
@@ -102,9 +106,7 @@ def _check(
     visualization: ChannelVisualization | None,
     n_images: int,
 ) -> None:
-    last = max(card.classes, default=0)
-    if class_names is not None and last >= len(class_names):
-        raise ValueError(f"Expected argument `class_names` to name class {last}, but got {len(class_names)} names.")
+    check_names(card.real_classes, class_names)
     n_concepts = card.n_concepts or len(card.concepts)
     if visualization is not None and len(visualization.parts) != n_concepts:
         raise ValueError(
@@ -112,6 +114,11 @@ def _check(
         )
     if n_images < 1:
         raise ValueError(f"Expected argument `n_images` to be at least 1, but got {n_images}.")
+
+
+def _caption(card: ChannelCard, image: CardImage, class_names: Sequence[str] | None) -> str | None:
+    label = image.label if card.has_clusters else image.target
+    return None if label is None else named(label, class_names)
 
 
 def _draw_row(
@@ -123,7 +130,9 @@ def _draw_row(
 ) -> None:
     """Everything but the images."""
     colour = TEXT_COLOUR if index == 0 else CONCEPT_COLOURS[index - 1]
-    texts = ("original", "before the split") if index == 0 else row_label(index, card.concepts, class_names)
+    texts = ("original", "before the split")
+    if index > 0:
+        texts = row_label(index, card.concepts, class_names, card.names)
     canvas.label(index, *texts, colour)
     if visualization is not None:
         lead = visualization.original if index == 0 else visualization.parts[index - 1]
@@ -142,7 +151,7 @@ def _frame_colour(card: ChannelCard, image: CardImage) -> str:
 
 
 def _concept_of(card: ChannelCard, image: CardImage) -> int | None:
-    """The drawn concept that the image's class belongs to."""
+    """The drawn concept that the image's class, or its cluster, belongs to."""
     owners = [index for index, concept in enumerate(card.concepts) if image.target in concept]
     return owners[0] if owners and owners[0] < len(CONCEPT_COLOURS) else None
 
@@ -163,7 +172,7 @@ def _draw_sources(axes: Axes, sources: Sequence[SourceShare], largest: float, co
 
 
 def _draw_facts(canvas: Canvas, card: ChannelCard) -> None:
-    canvas.side_heading(0, "similarity of its classes")
+    canvas.side_heading(0, f"similarity of its {'clusters' if card.has_clusters else 'classes'}")
     if any(card.sources):
         canvas.side_heading(1, "strongest inputs, share it takes")
     axes = canvas.side(0, "row 0, similarities", MATRIX_WIDTH, inset=MATRIX_LEFT)
@@ -182,8 +191,14 @@ def _remarks(card: ChannelCard, n_columns: int) -> list[str]:
     n_drawn = min(len(card.concepts), len(CONCEPT_COLOURS))
     drawn = [image for row in card.rows[: n_drawn + 1] for image in row.images[:n_columns]]
     if any(_concept_of(card, image) is None for image in drawn):
-        owners = "the concepts" if n_drawn == (card.n_concepts or len(card.concepts)) else "the concepts drawn"
-        found.append(f"grey frame: image of a class that belongs to none of {owners}")
+        found.append(_grey_frames(card, n_drawn == (card.n_concepts or len(card.concepts))))
     if more := card.beyond(n_drawn, len(card.classes)):
         found.append(more)
     return found
+
+
+def _grey_frames(card: ChannelCard, all_drawn: bool) -> str:
+    """What grey frames mean, in words."""
+    if card.has_clusters:
+        return f"grey frame: image of no cluster{'' if all_drawn else ', or of a concept that is not drawn'}"
+    return f"grey frame: image of a class that belongs to none of the concepts{'' if all_drawn else ' drawn'}"

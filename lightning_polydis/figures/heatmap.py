@@ -11,6 +11,7 @@ from lightning_polydis.figures.canvas import (
     CONCEPT_COLOURS,
     TEXT_COLOUR,
     Grid,
+    check_concept_names,
     literal,
     new_figure,
     pixels_of,
@@ -42,6 +43,7 @@ def heatmap_figure(
     *,
     title: str = "",
     class_names: Sequence[str] | None = None,
+    concept_names: Sequence[str] | None = None,
 ) -> Figure:
     """Draw where in some images a channel is seen, and where each of its concepts.
 
@@ -53,6 +55,8 @@ def heatmap_figure(
         heatmaps: The maps of these images or of more, of which the first ``N`` are drawn.
         title: Title of the picture.
         class_names: Names of all classes; `None`: their indices.
+        concept_names: Names of the concepts, in place of those of their classes. Clusters of images need them, as their
+            numbers are no classes: ``report.concept_names[layer, channel]``.
 
     Returns:
         The figure; ``figure.savefig(path, dpi=130)`` writes it.
@@ -76,11 +80,12 @@ def heatmap_figure(
             f"{list(pixels.shape[1:3])}, but got {len(heatmaps.parts)} of size {list(heatmaps.parts.shape[2:])}."
         )
     n_concepts = len(heatmaps.concepts)
+    check_concept_names(n_concepts, concept_names)
     grid = Grid(figure, n_concepts + 2, len(pixels), pixels.shape[1] / pixels.shape[2], title)
     grid.label(0, "image", "")
     grid.label(1, "original", "before the split")
     for row in range(1, n_concepts + 1):
-        grid.label(row + 1, *row_label(row, heatmaps.concepts, class_names), CONCEPT_COLOURS[row - 1])
+        grid.label(row + 1, *row_label(row, heatmaps.concepts, class_names, concept_names), CONCEPT_COLOURS[row - 1])
     for column, picture in enumerate(pixels):
         grid.image(0, column, picture)
         for row in range(n_concepts + 1):

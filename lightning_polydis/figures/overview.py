@@ -36,6 +36,8 @@ CANDIDATE_COLOUR, FLAGGED_COLOUR, THRESHOLD_COLOUR = "#BBBBBB", CONCEPT_COLOURS[
 def similarity_figure(overview: LayerOverview) -> Figure:
     """Draw how similar the pairs of classes are that the layer's channels are relevant for, and which were flagged.
 
+    Where concepts are clusters of images: how similar the centres of each two clusters of a channel are.
+
     Args:
         overview: One of `PolysemanticityReport.overviews`.
 
@@ -59,13 +61,20 @@ def similarity_figure(overview: LayerOverview) -> Figure:
     axes.bar(left, overview.n_candidate_pairs, color=CANDIDATE_COLOUR, label="candidate pairs", **style)
     axes.bar(left, overview.n_flagged_pairs, color=FLAGGED_COLOUR, label="flagged", **style)
     _draw_thresholds(axes, overview.thresholds)
-    axes.set(xlabel="cosine similarity of the two classes' relevance vectors", ylabel="pairs of classes")
+    if overview.has_clusters:
+        axes.set(xlabel="cosine similarity of the two clusters' centres", ylabel="pairs of clusters")
+    else:
+        axes.set(xlabel="cosine similarity of the two classes' relevance vectors", ylabel="pairs of classes")
     axes.locator_params(axis="y", integer=True)
     axes.set_ylim(0, max(1.0, 1.05 * max(overview.n_candidate_pairs, default=0)))
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     if not sum(overview.n_candidate_pairs):
-        say(axes, "no channel is relevant for two classes")
+        say(axes, _nothing(overview))
     return figure
+
+
+def _nothing(overview: LayerOverview) -> str:
+    return f"no channel {'has two clusters' if overview.has_clusters else 'is relevant for two classes'}"
 
 
 def _draw_thresholds(axes: Axes, thresholds: tuple[float, float]) -> None:
@@ -81,9 +90,11 @@ def _draw_thresholds(axes: Axes, thresholds: tuple[float, float]) -> None:
 def relevance_figure(overview: LayerOverview, *, class_names: Sequence[str] | None = None) -> Figure:
     """Draw for how large a part of a class's images each channel is relevant.
 
+    Where concepts are clusters of images: how large a part of each channel's strongest images is of a class.
+
     Args:
         overview: One of `PolysemanticityReport.overviews`. At most 40 channels are drawn, and 60 classes: those that
-            channels are most often relevant for.
+            channels are most often relevant for, or that are most frequent.
         class_names: Names of all classes; `None`: their indices.
 
     Returns:
@@ -102,13 +113,13 @@ def relevance_figure(overview: LayerOverview, *, class_names: Sequence[str] | No
     """
     figure = new_figure("relevance_figure")
     check_names(overview.classes, class_names)
-    matrix = np.asarray(overview.relevance, dtype=float).reshape(len(overview.channels), len(overview.classes))
-    matrix = matrix[:MAX_CHANNELS]
+    matrix = _relevances(overview)[:MAX_CHANNELS]
     shown = np.sort(np.argsort(-matrix.max(axis=0, initial=0), kind="stable")[:MAX_CLASSES])
     size = (1.9 + max(0.2 * len(shown), 3.6), 2.6 + max(0.2 * len(matrix), 1.3))
-    axes = plain_axes(figure, size, f"{layer_title(overview.layer)}: relevance")
+    subject = "classes of the strongest images" if overview.has_clusters else "relevance"
+    axes = plain_axes(figure, size, f"{layer_title(overview.layer)}: {subject}")
     if not matrix.size:
-        say(axes, "no channel is relevant for two classes")
+        say(axes, "the images' classes are not known" if len(matrix) and overview.has_clusters else _nothing(overview))
         return figure
     image = axes.imshow(matrix[:, shown], cmap=COLOUR_MAP, vmin=0, vmax=1, aspect="auto")
     names = [shortened(named(overview.classes[place], class_names), NAME_LENGTH) for place in shown]
@@ -116,17 +127,27 @@ def relevance_figure(overview: LayerOverview, *, class_names: Sequence[str] | No
     axes.set_yticks(range(len(matrix)), [str(channel) for channel in overview.channels[: len(matrix)]], fontsize=8)
     axes.set_ylabel("channel,\nlowest similarity first", fontsize=8.5)
     n_left_out = len(overview.classes) - len(shown)
-    axes.set_xlabel(f"class ({n_left_out} less relevant ones are not drawn)" if n_left_out else "class")
+    others = "rarer" if overview.has_clusters else "less relevant"
+    axes.set_xlabel(f"class ({n_left_out} {others} ones are not drawn)" if n_left_out else "class")
     bar = figure.colorbar(image, ax=axes, aspect=15, shrink=0.9, pad=0.02)
-    bar.set_label("relevant for that part of\nthe class's images", fontsize=8.5)
+    of_class, of_channel = "relevant for that part of\nthe class's images", "part of the channel's\nstrongest images"
+    bar.set_label(of_channel if overview.has_clusters else of_class, fontsize=8.5)
     return figure
+
+
+def _relevances(overview: LayerOverview) -> np.ndarray:
+    """``[channels, classes]``; a channel of whose images no class is known has a row of zeros."""
+    shape = (len(overview.channels), len(overview.classes))
+    rows = [row or [0.0] * shape[1] for row in overview.relevance]
+    return np.asarray(rows, dtype=float).reshape(shape)
 
 
 @literal
 def class_similarity_figure(card: ChannelCard, *, class_names: Sequence[str] | None = None) -> Figure:
     """Draw how similar a channel's relevance vectors are between the classes that it is relevant for, as measured.
 
-    A low similarity alone is no flag: a calibrated threshold is compared with similarities without noise.
+    A low similarity alone is no flag: a calibrated threshold is compared with similarities without noise. Where
+    concepts are clusters of images, they are drawn in place of classes.
 
     Args:
         card: One of `PolysemanticityReport.cards`. At most 30 classes are drawn, the first ones of each concept.
@@ -146,11 +167,12 @@ def class_similarity_figure(card: ChannelCard, *, class_names: Sequence[str] | N
         ['1.00', '0.10', '0.10', '1.00']
     """
     figure = new_figure("class_similarity_figure")
-    check_names(card.classes, class_names)
+    check_names([] if card.has_clusters else card.classes, class_names)
     shown, sizes = _first_of_each(card, MAX_CARD_CLASSES)
     matrix = np.asarray(card.class_similarities)[np.ix_(shown, shown)]
     side = max((0.5 if len(shown) <= MAX_NUMBERS else 0.24) * len(shown), 1.6)
-    title = f"Channel {card.channel} of {layer_title(card.layer)}: similarity of its classes"
+    kind = "clusters" if card.has_clusters else "classes"
+    title = f"Channel {card.channel} of {layer_title(card.layer)}: similarity of its {kind}"
     axes = plain_axes(figure, (side + 3.4, side + 2.6), title)
     image = draw_similarities(axes, matrix, sizes)
     if len(shown) <= MAX_NUMBERS:
@@ -184,7 +206,8 @@ def _first_of_each(card: ChannelCard, at_most: int) -> tuple[list[int], list[int
 def _name_classes(
     axes: Axes, card: ChannelCard, shown: Sequence[int], sizes: Sequence[int], class_names: Sequence[str] | None
 ) -> None:
-    names = [shortened(named(card.classes[place], class_names), NAME_LENGTH) for place in shown]
+    in_full = [card.label(card.classes[place], lambda index: named(index, class_names)) for place in shown]
+    names = [shortened(name, NAME_LENGTH) for name in in_full]
     axes.set_xticks(range(len(shown)), names, rotation=90, fontsize=8)
     axes.set_yticks(range(len(shown)), names, fontsize=8)
     axes.tick_params(axis="y", length=0, pad=10)  # the concepts' strip is in between

@@ -12,6 +12,7 @@ from lightning_polydis.figures.canvas import (
     OTHER_COLOUR,
     TEXT_COLOUR,
     Canvas,
+    check_concept_names,
     literal,
     new_figure,
     pixels_of,
@@ -41,6 +42,7 @@ def split_figure(
     n_images: int = 8,
     heatmaps: ConceptHeatmaps | None = None,
     visualization: ChannelVisualization | None = None,
+    concept_names: Sequence[str] | None = None,
 ) -> Figure:
     """Draw a polysemantic channel before and after its split (after the teaser of arXiv:2504.12939).
 
@@ -63,6 +65,9 @@ def split_figure(
         heatmaps: Where in each of the ``N`` images the channel and its concepts are seen (`concept_heatmaps`), drawn
             as a second line of each row.
         visualization: Optimised images of the channel and its concepts, drawn first in each row.
+        concept_names: Names of the concepts, in place of those of their classes. Clusters of images need them, as their
+            numbers are no classes: ``report.concept_names[layer, channel]``; ``targets`` are then
+            the clusters of the images, -1 for none.
 
     Returns:
         The figure; ``figure.savefig(path, dpi=130)`` writes it.
@@ -84,6 +89,7 @@ def split_figure(
     pixels = pixels_of(images)
     _check(len(images), targets, original, parts, concepts, class_names, n_images)
     _check_extras(len(images), len(concepts), heatmaps, visualization)
+    check_concept_names(len(concepts), concept_names)
     colours = [CONCEPT_COLOURS[index] for index in range(len(concepts))]
     concept_of = _concept_of(targets, concepts)
     rows = torch.cat([original[:, None], parts], dim=1).detach().float().cpu()
@@ -93,8 +99,10 @@ def split_figure(
     shown: set[int] = set()
     for row, activation in enumerate(rows.T):
         colour = TEXT_COLOUR if row == 0 else colours[row - 1]
-        name, classes = ("original", "before the split") if row == 0 else row_label(row, concepts, class_names)
-        canvas.label(row, name, classes, colour)
+        texts = ("original", "before the split")
+        if row > 0:
+            texts = row_label(row, concepts, class_names, concept_names)
+        canvas.label(row, *texts, colour)
         if visualization is not None:
             lead = visualization.original if row == 0 else visualization.parts[row - 1]
             canvas.lead(row, pixels_of(lead[None])[0], colour)
@@ -106,13 +114,13 @@ def split_figure(
                 canvas.image(row, column, overlaid(pixels[index], heatmaps, int(index), row), "white", strip=1)
         by_concept = [activation[concept_of == concept].numpy() for concept in range(len(concepts))]
         canvas.densities(row, by_concept, colours)
-    if remarks := _remarks(shown, heatmaps):
+    if remarks := _remarks(shown, heatmaps, "a class that belongs to " if concept_names is None else ""):
         canvas.note("; ".join(remarks))
     return canvas.figure
 
 
-def _remarks(shown: set[int], heatmaps: ConceptHeatmaps | None) -> list[str]:
-    found = ["grey frame: image of a class that belongs to none of the concepts"] if -1 in shown else []
+def _remarks(shown: set[int], heatmaps: ConceptHeatmaps | None, owner: str) -> list[str]:
+    found = [f"grey frame: image of {owner}none of the concepts"] if -1 in shown else []
     if heatmaps is not None:
         against = " (blue: against the class)" if bool((heatmaps.parts < 0).any()) else ""
         found.append(f"below each image: where the channel of the row is seen in it{against}")

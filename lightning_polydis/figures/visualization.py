@@ -9,6 +9,7 @@ from lightning_polydis.figures.canvas import (
     CONCEPT_COLOURS,
     MARGIN,
     TEXT_COLOUR,
+    check_concept_names,
     literal,
     new_figure,
     pixels_of,
@@ -16,7 +17,7 @@ from lightning_polydis.figures.canvas import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from matplotlib.figure import Figure
@@ -29,7 +30,10 @@ IMAGE, IMAGE_GAP, HEADING_HEIGHT, LABEL_HEIGHT, ROW_GAP = 1.7, 0.2, 0.32, 0.62, 
 
 @literal
 def visualization_figure(
-    visualizations: Sequence[ChannelVisualization], *, class_names: Sequence[str] | None = None
+    visualizations: Sequence[ChannelVisualization],
+    *,
+    class_names: Sequence[str] | None = None,
+    concept_names: Mapping[tuple[str, int], Sequence[str]] | None = None,
 ) -> Figure:
     """Draw what split channels look for: a row for each channel, the original first, then its concepts.
 
@@ -38,6 +42,8 @@ def visualization_figure(
     Args:
         visualizations: What `visualize_channels` returned, or some of it.
         class_names: Names of all classes; `None`: their indices.
+        concept_names: Names of each channel's concepts by layer and channel, in place of those of their classes.
+            Clusters of images need them, as their numbers are no classes: ``report.concept_names``.
 
     Returns:
         The figure; ``figure.savefig(path, dpi=130)`` writes it.
@@ -55,14 +61,32 @@ def visualization_figure(
         3
     """
     figure = new_figure("visualization_figure")
-    _check(visualizations, class_names)
+    _check(visualizations, None if concept_names is not None else class_names)
+    names = [_names_of(channel, concept_names) for channel in visualizations]
     n_columns = 1 + max(len(channel.concepts) for channel in visualizations)
     row_height = HEADING_HEIGHT + LABEL_HEIGHT + IMAGE
     width = 2 * MARGIN + max(n_columns, 3) * (IMAGE + IMAGE_GAP) - IMAGE_GAP  # three: room for the heading
     figure.set_size_inches(width, 2 * MARGIN + len(visualizations) * (row_height + ROW_GAP) - ROW_GAP)
     for row, channel in enumerate(visualizations):
-        _draw_row(figure, row, MARGIN + row * (row_height + ROW_GAP), channel, class_names)
+        numbers = range(1, len(channel.concepts) + 1)
+        labels = [row_label(number, channel.concepts, class_names, names[row]) for number in numbers]
+        _draw_row(figure, row, MARGIN + row * (row_height + ROW_GAP), channel, labels)
     return figure
+
+
+def _names_of(
+    channel: ChannelVisualization, concept_names: Mapping[tuple[str, int], Sequence[str]] | None
+) -> Sequence[str] | None:
+    if concept_names is None:
+        return None
+    names = concept_names.get((channel.layer, channel.channel))
+    if names is None:
+        raise ValueError(
+            f"Expected argument `concept_names` to name the concepts of channel {channel.channel} of layer "
+            f"`{channel.layer}`, but that channel is missing."
+        )
+    check_concept_names(len(channel.concepts), names)
+    return names
 
 
 def _check(visualizations: Sequence[ChannelVisualization], class_names: Sequence[str] | None) -> None:
@@ -74,13 +98,12 @@ def _check(visualizations: Sequence[ChannelVisualization], class_names: Sequence
 
 
 def _draw_row(
-    figure: Figure, row: int, top: float, channel: ChannelVisualization, class_names: Sequence[str] | None
+    figure: Figure, row: int, top: float, channel: ChannelVisualization, concepts: Sequence[tuple[str, str]]
 ) -> None:
     title = f"{channel.layer}, channel {channel.channel}"
     fitting = CHARACTERS_PER_INCH * (figure.get_figwidth() - 2 * MARGIN) / len(title)
     _text(figure, MARGIN, top, title, min(12, fitting), "bold", TEXT_COLOUR)
-    labels = [("original", "before the split")]
-    labels += [row_label(number + 1, channel.concepts, class_names) for number in range(len(channel.concepts))]
+    labels = [("original", "before the split"), *concepts]
     images = [channel.original, *channel.parts]
     for column, (image, label) in enumerate(zip(images, labels, strict=True)):
         colour = CONCEPT_COLOURS[(column - 1) % len(CONCEPT_COLOURS)] if column else TEXT_COLOUR

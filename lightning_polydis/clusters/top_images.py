@@ -1,0 +1,272 @@
+"""The images that activate each channel most, and which sources made it fire: streamed, within a fixed memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_polydis.layers import channels_are_last, source_relevances
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning_polydis.layers import LinearLayer
+
+FREE, UNKNOWN = -1, -1
+CHUNK_ELEMENTS = 2**22
+"""Elements of relevance vectors that are made at once."""
+
+STATES = ("sides", "strengths", "images", "labels", "vectors")
+
+
+class Sides:
+    """Channels, each in the directions in which it may be used (no dataclass, see `statistics.ClassStatistics`).
+
+    Args:
+        channels: Channel of each side, ``[S]``, integer.
+        signs: Its direction, 1 or -1, ``[S]``, integer.
+    """
+
+    def __init__(self, channels: Tensor, signs: Tensor) -> None:
+        self.channels, self.signs = channels, signs
+
+    def __len__(self) -> int:
+        return len(self.channels)
+
+    def of_channel(self, channel: int) -> list[int]:
+        """The sides of a channel, one or two."""
+        found: list[int] = (self.channels == channel).nonzero()[:, 0].tolist()
+        return found
+
+
+class TopLists:
+    """What `TopImages` has kept: for each side its images, the strongest first.
+
+    Args:
+        sides: Of the layer.
+        starts: Where each side's images begin in what follows, and where the last one's end, ``[S + 1]``.
+        strengths: Activation, ``[n]``: position sum of the positive part in the side's direction.
+        images: Number of each image, unique over all processes, ``[n]``, integer.
+        labels: Its class, or -1, ``[n]``, integer.
+        vectors: Relevance of each source for the activation, scaled to unit length, ``[n, I]``, ``float16``.
+    """
+
+    def __init__(
+        self, sides: Sides, starts: Tensor, strengths: Tensor, images: Tensor, labels: Tensor, vectors: Tensor
+    ) -> None:
+        self.sides, self.strengths, self.images, self.labels, self.vectors = sides, strengths, images, labels, vectors
+        self._starts: list[int] = starts.tolist()
+
+    def rows(self, side: int) -> slice:
+        """Where the images of a side are, the strongest first."""
+        return slice(self._starts[side], self._starts[side + 1])
+
+    def strongest(self, depth: int) -> Tensor:
+        """Numbers of the images that are among the ``depth`` strongest of any side, ascending."""
+        starts = torch.tensor(self._starts)
+        rank = torch.arange(len(self.images)) - starts[:-1].repeat_interleave(starts.diff())
+        found: Tensor = self.images[rank < depth].unique()
+        return found
+
+
+class TopImages(Metric):
+    r"""The images with the largest activation of each side of a layer's channels.
+
+    The activation of a side of direction :math:`s` on an image is :math:`\sum_p \max(s z_p, 0)`; with it goes what each
+    source adds to it, :math:`v_k = \sum_{p: s z_p > 0} \sum_{ij} s w_{kij} x_{k, p \oplus ij}`, at all positions where
+    the side is on (the position of the maximum alone, as in arXiv:2404.06453, agrees less well with what images show).
+
+    The memory is ``sides x limit x (2 x inputs + 20)`` bytes, whatever the number of images.
+
+    Args:
+        sides: The channels and their directions.
+        n_inputs: Input channels that each channel reads.
+        limit: Images of each side that are kept.
+
+    Attributes:
+        depth: Of how many images of each side the layer input is kept, by whoever does that: the fewest of any process.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> with torch.no_grad():
+        ...     output = layer(torch.eye(2))
+        >>> top = TopImages(Sides(torch.tensor([0, 0]), torch.tensor([1, -1])), n_inputs=2, limit=1)
+        >>> top.update(layer, torch.eye(2), output, torch.tensor([7, 8]))
+        >>> top.trim()
+        >>> len(top.compute().images) in (1, 2)
+        True
+    """
+
+    full_state_update = False
+    sides: list[Tensor]
+    strengths: list[Tensor]
+    images: list[Tensor]
+    labels: list[Tensor]
+    vectors: list[Tensor]
+    depth: Tensor
+
+    def __init__(self, sides: Sides, n_inputs: int, limit: int, **kwargs: Any) -> None:
+        super().__init__(compute_with_cache=False, sync_on_compute=False, **kwargs)
+        self._layer_sides, self._n_inputs, self.limit = sides, n_inputs, limit
+        for name in STATES:  # of as many rows as are used, made when the data is complete
+            self.add_state(name, [], dist_reduce_fx="cat")
+        self.add_state("depth", torch.tensor(limit), dist_reduce_fx="min")
+        self._forget()
+
+    def _forget(self) -> None:
+        self._kept: dict[str, Tensor] = {}  # [S, limit, ...], in no order; the strength of a free place is 0
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._forget()
+
+    def update(
+        self, layer: LinearLayer, inputs: Tensor, outputs: Tensor, images: Tensor, labels: Tensor | None = None
+    ) -> None:
+        """Take in a batch.
+
+        Args:
+            layer: The layer.
+            inputs: Its inputs, ``[B, G * I, ...]`` or ``[B, ..., I]``, in ``float32`` or wider.
+            outputs: Its outputs, ``[B, C, ...]`` or ``[B, ..., C]``.
+            images: Number of each image, ``[B]``, integer.
+            labels: Its class, -1 if unknown, ``[B]``, integer; `None`: all unknown.
+        """
+        if not self._kept:
+            self._make_room(inputs.device)
+        flat = outputs.movedim(-1, 1) if channels_are_last(layer) else outputs
+        flat = flat.flatten(2) if flat.ndim > 2 else flat[..., None]
+        strengths = self._strengths(flat)
+        sides, places, rows = self._entering(strengths)
+        self._kept["strengths"][sides, places] = strengths[rows, sides]
+        self._kept["images"][sides, places] = images.to(sides.device)[rows]
+        self._kept["labels"][sides, places] = UNKNOWN if labels is None else labels.to(sides.device)[rows]
+        self._keep_vectors(layer, inputs, flat, sides, places, rows)
+
+    def _make_room(self, device: torch.device) -> None:
+        shape = (len(self._layer_sides), self.limit)
+        self._channels, self._signs = self._layer_sides.channels.to(device), self._layer_sides.signs.to(device)
+        self._kept = {
+            "strengths": torch.zeros(shape, device=device),
+            "images": torch.full(shape, FREE, device=device),
+            "labels": torch.full(shape, UNKNOWN, device=device),
+            "vectors": torch.zeros(*shape, self._n_inputs, dtype=torch.float16, device=device),
+        }
+
+    def _strengths(self, flat: Tensor) -> Tensor:
+        """Activation of each side, ``[B, S]``, of outputs ``[B, C, P]``."""
+        positive, negative = flat.clamp(min=0).sum(2).float(), -flat.clamp(max=0).sum(2).float()
+        return torch.where(self._signs > 0, positive[:, self._channels], negative[:, self._channels])
+
+    def _entering(self, strengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which images come in: side, place that they take, and row in the batch, ``[n]`` each, sides ascending."""
+        new = torch.where(strengths > 0, strengths, -1.0).T  # below free places, which no silent image takes
+        joined = torch.cat([self._kept["strengths"], new], dim=1)
+        stays = torch.zeros_like(joined, dtype=torch.bool)
+        stays.scatter_(1, joined.topk(self.limit, dim=1).indices, True)
+        sides, rows = stays[:, self.limit :].nonzero(as_tuple=True)
+        _, places = (~stays[:, : self.limit]).nonzero(as_tuple=True)  # as many in each side as come in
+        return sides, places, rows
+
+    def _keep_vectors(
+        self, layer: LinearLayer, inputs: Tensor, flat: Tensor, sides: Tensor, places: Tensor, rows: Tensor
+    ) -> None:
+        order = rows.argsort(stable=True)  # image by image, as they are made
+        sides, places, rows = sides[order], places[order], rows[order]
+        for sign in (1, -1):
+            is_on = (flat > 0) if sign > 0 else (flat < 0)
+            own = (self._signs[sides] == sign).nonzero()[:, 0]
+            for part in own.split(max(1, CHUNK_ELEMENTS // self._n_inputs)) if len(own) else ():
+                first, last = int(rows[part[0]]), int(rows[part[-1]]) + 1
+                gradient = _shaped(sign * is_on[first:last].to(inputs.dtype), layer)
+                some = (rows[part] - first, self._channels[sides[part]])
+                found = source_relevances(layer, inputs[first:last], gradient, *some)
+                unit = torch.nn.functional.normalize(found.float(), dim=1)
+                self._kept["vectors"][sides[part], places[part]] = unit.to(torch.float16)
+
+    def least(self, depth: int) -> Tensor:
+        """What an image needs more than to be among the ``depth`` strongest of each side, ``[S]``."""
+        return self._kept["strengths"].topk(min(depth, self.limit), dim=1).values[:, -1]
+
+    def strengths_of(self, layer: LinearLayer, outputs: Tensor) -> Tensor:
+        """Activation of each side on a batch, ``[B, S]``."""
+        flat = outputs.movedim(-1, 1) if channels_are_last(layer) else outputs
+        return self._strengths(flat.flatten(2) if flat.ndim > 2 else flat[..., None])
+
+    def strongest(self, depth: int) -> set[int]:
+        """Numbers of the images that are, so far, among the ``depth`` strongest of any side."""
+        found = self._kept["strengths"].topk(min(depth, self.limit), dim=1)
+        return set(self._kept["images"].gather(1, found.indices)[found.values > 0].tolist())
+
+    def trim(self) -> None:
+        """Leave out what is not among the strongest of all processes, before they exchange the rest.
+
+        The last thing before ``compute``.
+        """
+        if not self._kept:
+            self._make_room(torch.device("cpu"))
+        strengths = self._kept["strengths"]
+        least = self._least_of_all(strengths)
+        sides, places = ((strengths > 0) & (strengths >= least[:, None])).nonzero(as_tuple=True)
+        for name in STATES:
+            setattr(self, name, [sides if name == "sides" else self._kept[name][sides, places]])
+        self._kept = {}
+
+    def _least_of_all(self, strengths: Tensor) -> Tensor:
+        """The smallest strength that is kept of each side, over all processes, ``[S]``."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return torch.zeros_like(strengths[:, 0])
+        everyone = torch.cat(gather_all_tensors(strengths), dim=1)
+        return everyone.topk(self.limit, dim=1).values[:, -1]
+
+    def compute(self) -> TopLists:
+        """The lists of all processes, on the CPU."""
+        sides, strengths, images, labels, vectors = (dim_zero_cat(getattr(self, name)).cpu() for name in STATES)
+        order = _order(sides, -strengths, images)
+        rank = _ranks(sides[order], len(self._layer_sides))
+        order = order[rank < self.limit]
+        counts = sides[order].bincount(minlength=len(self._layer_sides))
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        parts = (strengths[order], images[order], labels[order], vectors[order])
+        return TopLists(self._layer_sides, starts, *parts)
+
+
+def _shaped(flat: Tensor, layer: LinearLayer) -> Tensor:
+    """``[B, C, P]`` as `layers.source_relevances` takes gradients of the layer's output."""
+    return flat.movedim(1, -1) if channels_are_last(layer) else flat
+
+
+def _order(*keys: Tensor) -> Tensor:
+    """Order by the first key, within it by the second, and so on."""
+    order = torch.arange(len(keys[0]))
+    for key in reversed(keys):
+        order = order[key[order].argsort(stable=True)]
+    return order
+
+
+def _ranks(sides: Tensor, n_sides: int) -> Tensor:
+    """Place of each row among those of its side, for ascending sides."""
+    counts = sides.bincount(minlength=n_sides)
+    starts = counts.cumsum(0) - counts
+    return torch.arange(len(sides)) - starts[sides]
+
+
+def sides_of(n_channels: int, signs: Sequence[int] | Tensor | None) -> Sides:
+    """The sides of a layer's channels.
+
+    Args:
+        n_channels: Number of channels.
+        signs: The only direction in which each is used; `None`: both.
+    """
+    channels = torch.arange(n_channels)
+    if signs is not None:
+        return Sides(channels, torch.as_tensor(signs, dtype=torch.long))
+    return Sides(channels.repeat(2), torch.tensor([1, -1]).repeat_interleave(n_channels))

@@ -1,0 +1,173 @@
+"""What a layer reads and puts out in a forward pass that somebody else makes, without labels, logits or gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_polydis._checks import InputError
+from lightning_polydis.forward import PassDone
+from lightning_polydis.layers import channel_count
+from lightning_polydis.splitting import SplitLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch.utils.hooks import RemovableHandle
+
+    from lightning_polydis.layers import LinearLayer
+
+RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Softplus)
+"""Modules that let what is negative through not at all, or hardly."""
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class Seen(NamedTuple):
+    """Copies of what a layer read and put out."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+class LayerWatcher:
+    """Keeps what some layers read and put out in one forward pass; nothing in the pass is changed.
+
+    ``start`` puts hooks on, then the pass is made, then ``finish`` takes them off. The hooks never raise (but to stop a
+    rehearsal): what is wrong is kept and raised by ``finish``. ``close`` takes the hooks off at any time.
+
+    Args:
+        model: The network, or whatever contains it.
+        layers: The layers by name.
+
+    Attributes:
+        signs: After the first pass, for each layer the only direction in which each channel is used, ``[C]``, or
+            `None` where it may be both. It is one where a module that lets only what is positive through reads the
+            output, be it behind a batch norm, whose weight may turn it round. Functions, which no hook sees, count as
+            both directions.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> watcher = LayerWatcher(net, {"0": net[0], "2": net[2]})
+        >>> watcher.start()
+        >>> output = net(torch.ones(4, 2))
+        >>> watcher.finish()["0"].outputs.shape, watcher.signs["0"].tolist(), watcher.signs["2"]
+        (torch.Size([4, 3]), [1, 1, 1], None)
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, LinearLayer | SplitLayer]) -> None:
+        self._model, self._layers = model, dict(layers)
+        self._n_channels = {
+            name: layer.n_channels if isinstance(layer, SplitLayer) else channel_count(layer)
+            for name, layer in layers.items()
+        }
+        self.signs: dict[str, Tensor | None] = dict.fromkeys(layers)
+        self._handles: list[RemovableHandle] = []
+        self._has_run = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seen: dict[str, Seen] = {}
+        self._problem: Exception | None = None
+        self._outputs: list[tuple[Any, str, Tensor | None]] = []  # outputs on their way: of which layer, turned how
+
+    def start(self, *, rehearsal: bool = False) -> None:
+        """Put the hooks on the network, ready for one forward pass.
+
+        Args:
+            rehearsal: Whether the pass serves nobody else, and is to be stopped by `forward.PassDone` once
+                everything was seen.
+        """
+        self.close()
+        self._rehearsal = rehearsal
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_hook(self._layer_hook(name), with_kwargs=True))
+        if not self._has_run:
+            self._watch_what_follows()
+
+    def _watch_what_follows(self) -> None:
+        layers = set(self._layers.values())
+        for module in self._model.modules():
+            if isinstance(module, RECTIFIERS):
+                self._handles.append(module.register_forward_pre_hook(self._rectify))
+            elif isinstance(module, NORMS):
+                self._handles.append(module.register_forward_hook(self._normalise))
+            elif self._rehearsal and module not in layers:
+                self._handles.append(module.register_forward_pre_hook(self._stop_behind))
+
+    def finish(self) -> dict[str, Seen]:
+        """Take the hooks off and return what the pass showed, by layer; nothing if a later pass left the layers out.
+
+        Raises:
+            ValueError: If a layer did not run, or ran twice.
+        """
+        seen, problem = self._seen, self._problem
+        self.close()
+        if problem is not None:
+            raise problem
+        if not seen and self._has_run:
+            return {}
+        missing = ", ".join(f"`{name}`" for name in self._layers if name not in seen)
+        if missing:
+            raise InputError(
+                f"Expected every layer to run once in each forward pass, but {missing} did not run, or in a function "
+                "that is compiled by `torch.compile`. Choose other `layers`, or call (and compile) modules, not "
+                "`forward`."
+            )
+        self._has_run = True
+        return seen
+
+    def close(self) -> None:
+        """Take every hook off and forget what was seen."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._forget()
+
+    def _layer_hook(self, name: str) -> Callable[[nn.Module, Any, dict[str, Any], Any], None]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if self._problem is None:
+                try:
+                    self._see(name, args[0] if args else kwargs["input"], output)
+                except Exception as problem:  # kept, and raised by `finish`
+                    self._problem = problem
+            if self._rehearsal and (self._has_run and self._is_done()):
+                raise PassDone
+
+        return hook
+
+    def _is_done(self) -> bool:
+        return self._problem is not None or len(self._seen) == len(self._layers)
+
+    def _stop_behind(self, module: nn.Module, args: Any) -> None:
+        """Stop a first rehearsal at what comes behind the last layer, its batch norm and its activation function."""
+        if self._is_done():
+            raise PassDone
+
+    def _see(self, name: str, inputs: Tensor, output: Tensor) -> None:
+        if name in self._seen:
+            raise InputError(
+                f"Expected layer `{name}` to run once in each forward pass, but it ran twice. "
+                "Layers that are shared or called several times in one step cannot be analysed."
+            )
+        with torch.no_grad():  # copies: the network may overwrite both
+            self._seen[name] = Seen(inputs.detach().clone(), output.detach().clone())
+        self._outputs.append((output, name, None))
+
+    def _rectify(self, module: nn.Module, args: Any) -> None:
+        for output, name, turned in self._outputs:
+            if args and args[0] is output:
+                self.signs[name] = self._ones(name) if turned is None else turned
+
+    def _normalise(self, module: nn.Module, args: Any, output: Any) -> None:
+        for read, name, _ in list(self._outputs):
+            if args and args[0] is read:
+                weight = getattr(module, "weight", None)
+                turned = self._ones(name) if weight is None else torch.where(weight.detach().cpu() < 0, -1, 1)
+                self._outputs.append((output, name, turned))
+
+    def _ones(self, name: str) -> Tensor:
+        return torch.ones(self._n_channels[name], dtype=torch.long)
