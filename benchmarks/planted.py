@@ -1,37 +1,42 @@
 """Networks with known polysemantic channels: are they found, and does splitting them give the originals back?
 
 A network for handwritten digits is trained in which every channel of the layer of interest feeds the logit of one
-class alone: monosemantic by construction. Then some channels are merged in pairs and triples that do not answer to one
-another's classes (weights and biases added up), and what comes after is fine-tuned, with the layer's biases, so that
-the network works again; now every channel may feed every logit. Last, and without changing what is computed, the
-sources are given something in common: to each is added a multiple of the mean over all (``--in-common``), and the
-layer's weights undo it. Sources of real networks share much, and relevance vectors of narrow layers are all alike. The
+class alone: monosemantic by construction. With ``--early`` the images are made-up textures, and the layer is the
+second of the network, right behind a first convolution. Then some channels are merged in pairs and triples that do not
+answer to one another's classes (weights and biases added up), and what comes after is fine-tuned, with the layer's
+biases, so that the network works again; now every channel may feed every logit. Last, and without changing what is
+computed, the sources are given something in common: to each is added a multiple of the mean over all
+(``--in-common``), and the layer's weights undo it. Sources of real networks share much, and relevance vectors of narrow layers are all alike. The
 classes are halved at random, so that channels that were not merged are relevant for two classes as well: flagging one
-of those is a mistake. Both methods with their default thresholds.
+of those is a mistake. Both methods with their default thresholds, and ``concepts="clusters"``, which is shown no
+classes.
 
-* precision, recall: of the merged channels among those that are candidates;
-* concepts: share of the found ones whose concepts are those that were merged;
+* precision, recall: of the merged channels, among those that are candidates (for clusters: among all);
+* concepts: share of the found ones whose concepts are those that were merged, one for each;
 * correlation: between a concept channel's activation and its original's, over all positions of held-out images.
 
 Example:
     python benchmarks/planted.py --seeds 5
+    python benchmarks/planted.py --early
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from sklearn.datasets import load_digits
+from small_world import NUM_CLASSES, ImageMaker
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_polydis import ChannelSplit, PolysemanticityReport, SplitPlan, disentangle, find_polysemantic_channels
 
-N_CLASSES = 10
 UNITS_PER_CLASS = 6
 N_PAIRS, N_TRIPLES = 9, 4
 SPARSITY = 1e-3
@@ -49,16 +54,12 @@ class UnitNet(nn.Module):
 
     Args:
         mask: ``[classes, units]`` of 0 and 1.
+        trunk: What comes before the layer, with `N_SOURCES` channels at its end.
     """
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, trunk: nn.Module) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(
-            *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()),
-            *(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(64, N_SOURCES, 3, padding=1), nn.ReLU()),
-        )
+        self.trunk = trunk
         self.register_buffer("mixing", torch.eye(N_SOURCES))
         self.units = nn.Conv2d(N_SOURCES, mask.shape[1], 1)
         self.strength = nn.Parameter(torch.ones(mask.shape))
@@ -67,7 +68,7 @@ class UnitNet(nn.Module):
         self.register_buffer("mask", mask)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` of images ``[B, 1, 8, 8]``."""
+        """Logits ``[B, classes]`` of images."""
         return self.judged(self.trunk(images))
 
     def sources(self, features: Tensor) -> Tensor:
@@ -80,12 +81,69 @@ class UnitNet(nn.Module):
         return F.linear(activation, self.strength.clamp(min=0) * self.mask + self.extra, self.bias)
 
 
+Images = tuple[Tensor, Tensor]
+"""Images and their classes."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a network is trained for.
+
+    Attributes:
+        n_classes: Number of classes.
+        data: ``data(seed)``: images and classes to train with, to analyse, and to judge with.
+        trunk: Makes what comes before the layer of interest.
+        selective: Weight of what units answer to classes that they do not feed. Units behind a single convolution
+            answer to several classes even if they feed one, and would be polysemantic without any planting.
+    """
+
+    n_classes: int
+    data: Callable[[int], tuple[Images, Images, Images]]
+    trunk: Callable[[], nn.Module]
+    selective: float = 0.0
+
+
+def late_trunk() -> nn.Module:
+    """Four convolutions."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(64, N_SOURCES, 3, padding=1), nn.ReLU()),
+    )
+
+
+def early_trunk() -> nn.Module:
+    """One convolution."""
+    return nn.Sequential(nn.Conv2d(3, N_SOURCES, 7, stride=2, padding=3), nn.ReLU())
+
+
+def digits(seed: int) -> tuple[Images, Images, Images]:
+    """Handwritten digits: 600, 700 and 497."""
+    data = load_digits()
+    images, targets = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
+    first, second, third = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).split(
+        [600, 700, 497]
+    )
+    return (images[first], targets[first]), (images[second], targets[second]), (images[third], targets[third])
+
+
+def textures(seed: int) -> tuple[Images, Images, Images]:
+    """Made-up textures, 60 of each class for each part."""
+    maker = ImageMaker(seed)
+    first, second, third = (maker.make(60, seed=3 * seed + part, noise=0.2) for part in range(3))
+    return first, second, third
+
+
+DIGITS, TEXTURES = Task(10, digits, late_trunk), Task(NUM_CLASSES, textures, early_trunk, selective=20.0)
+
+
 @dataclass(frozen=True)
 class Planted:
     """A network with known polysemantic channels.
 
     Attributes:
-        model: With two logits for each digit, one for each half of its images.
+        model: With two logits for each class, one for each half of its images.
         original: Weight ``[U, I, 1, 1]`` and bias ``[U]`` of the units before they were merged.
         members: For each channel the units that are in it; one or more.
         accuracy: On digits, of the merged network, and before merging.
@@ -102,16 +160,15 @@ class Planted:
         return {frozenset((2 * digit, 2 * digit + 1)) for digit in digits}
 
 
-def digits(seed: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Images and classes to train with, to analyse, and to judge with."""
-    data = load_digits()
-    images, targets = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
-    parts = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).split([600, 700, 497])
-    return tuple((images[rows], targets[rows]) for rows in parts)
-
-
-def fit(model: UnitNet, parameters: Sequence[nn.Parameter], images: Tensor, targets: Tensor, epochs: int) -> None:
-    """Train some parameters; the units' weights are kept sparse."""
+def fit(
+    model: UnitNet,
+    parameters: Sequence[nn.Parameter],
+    images: Tensor,
+    targets: Tensor,
+    epochs: int,
+    selective: float = 0.0,
+) -> None:
+    """Train some parameters; the units' weights are kept sparse, and ``selective`` keeps units to their own class."""
     optimizer = torch.optim.Adam([one for one in parameters if one.requires_grad], 3e-3)
     for epoch in range(epochs):
         quiet = QUIET * min(1, epoch / 10)  # from the start it would silence the network
@@ -120,18 +177,20 @@ def fit(model: UnitNet, parameters: Sequence[nn.Parameter], images: Tensor, targ
             features = model.trunk(images[rows])
             loss = F.cross_entropy(model.judged(features), targets[rows])
             loss = loss + SPARSITY * model.units.weight.abs().sum() + quiet * features.mean()
+            foreign = F.relu(model.units(model.sources(features))).mean((2, 3)) * (1 - model.mask[targets[rows]])
+            loss = loss + selective * foreign.mean()
             loss.backward()
             optimizer.step()
 
 
-def plant(seed: int, in_common: float) -> Planted:
+def plant(task: Task, seed: int, in_common: float) -> Planted:
     """Train, merge, fine-tune."""
-    (images, targets), _, (others, other_targets) = digits(seed)
+    (images, targets), _, (others, other_targets) = task.data(seed)
     torch.manual_seed(seed)
-    unit_classes = torch.arange(N_CLASSES).repeat_interleave(UNITS_PER_CLASS)
-    model = UnitNet((unit_classes == torch.arange(N_CLASSES)[:, None]).float())
+    unit_classes = torch.arange(task.n_classes).repeat_interleave(UNITS_PER_CLASS)
+    model = UnitNet((unit_classes == torch.arange(task.n_classes)[:, None]).float(), task.trunk())
     model.extra.requires_grad_(False)
-    fit(model, list(model.parameters()), images, targets, epochs=40)
+    fit(model, list(model.parameters()), images, targets, epochs=40, selective=task.selective)
     before = accuracy(model, others, other_targets)
     members = _members(unit_classes, *_responses(model, unit_classes, images, targets))
     merged = _merged(model, members)
@@ -172,8 +231,9 @@ def _members(unit_classes: Tensor, responses: Tensor, often: Tensor) -> list[lis
 
 def _merged(model: UnitNet, members: list[list[int]]) -> UnitNet:
     """The network with units added up."""
-    merged = UnitNet(torch.stack([model.mask[:, group].amax(1) for group in members], dim=1))
-    merged.trunk.load_state_dict(model.trunk.state_dict())
+    merged = UnitNet(
+        torch.stack([model.mask[:, group].amax(1) for group in members], dim=1), copy.deepcopy(model.trunk)
+    )
     with torch.no_grad():
         for channel, group in enumerate(members):
             merged.units.weight[channel] = model.units.weight[group].sum(0)
@@ -185,7 +245,7 @@ def _merged(model: UnitNet, members: list[list[int]]) -> UnitNet:
 
 def _halved(model: UnitNet, in_common: float) -> UnitNet:
     """The same network with two equal logits for each class, and sources that have something in common."""
-    halved = UnitNet(model.mask.repeat_interleave(2, dim=0))
+    halved = UnitNet(model.mask.repeat_interleave(2, dim=0), copy.deepcopy(model.trunk))
     state = model.state_dict()
     state["mixing"] = torch.eye(N_SOURCES) + in_common / N_SOURCES
     inverse = torch.linalg.inv(state["mixing"].double())
@@ -233,16 +293,41 @@ def score(planted: Planted, report: PolysemanticityReport, used: set[int], image
 @torch.no_grad()
 def recovered(planted: Planted, plan: SplitPlan, images: Tensor) -> Iterator[float]:
     """Correlation of each concept channel with the unit that it should be, where there is one."""
+    for split, correlations in zip(plan, _correlations(planted, plan, images), strict=True):
+        for concept, unit in _matches(planted, split):
+            yield float(correlations[concept, planted.members[split.channel].index(unit)])
+
+
+@torch.no_grad()
+def _correlations(planted: Planted, plan: SplitPlan, images: Tensor) -> Iterator[Tensor]:
+    """Of each concept channel of a split with each unit of its channel, ``[concepts, units]``."""
     if not len(plan):
         return
     features = planted.model.trunk(images)
     layer = disentangle(planted.model, plan).get_submodule(LAYER)
     expanded, units = F.relu(layer.expand(planted.model.sources(features))), F.relu(planted.original(features))
     for split in plan:
-        for concept, unit in _matches(planted, split):
-            row = layer.channel_index(split.channel, concept)
-            pair = torch.stack([expanded[:, row].flatten(), units[:, unit].flatten()])
-            yield float(pair.corrcoef().nan_to_num()[0, 1])
+        rows = [layer.channel_index(split.channel, concept) for concept in range(len(split.concepts))]
+        both = torch.cat([expanded[:, rows], units[:, planted.members[split.channel]]], dim=1).transpose(0, 1)
+        yield both.flatten(1).corrcoef().nan_to_num()[: len(rows), len(rows) :]
+
+
+def score_clusters(planted: Planted, report: PolysemanticityReport, images: Tensor) -> Score:
+    """As `score`, for clusters, which are matched with the units that they are most like."""
+    merged = {channel for channel, group in enumerate(planted.members) if len(group) > 1}
+    found = {channel.channel for channel in report.channels}
+    correlation, right = [], []
+    for split, correlations in zip(report.plan, _correlations(planted, report.plan, images), strict=True):
+        if split.channel in merged:
+            concepts, units = linear_sum_assignment(-correlations.numpy())
+            correlation += correlations[concepts, units].tolist()
+            right.append(correlations.shape[0] == correlations.shape[1])
+    return Score(
+        len(found & merged) / max(len(found), 1),
+        len(found & merged) / max(len(merged), 1),
+        float(np.mean(right)) if right else float("nan"),
+        correlation,
+    )
 
 
 def _matches(planted: Planted, split: ChannelSplit) -> Iterator[tuple[int, int]]:
@@ -253,10 +338,12 @@ def _matches(planted: Planted, split: ChannelSplit) -> Iterator[tuple[int, int]]
                 yield concept, unit
 
 
-def measure(seed: int, in_common: float) -> dict[str, Score]:
-    """Both methods on one network."""
-    planted = plant(seed, in_common)
-    _, (images, targets), (others, _) = digits(seed)
+def measure(task: Task, seed: int, in_common: float) -> dict[str, Score]:
+    """Both methods, and clusters, on one network."""
+    planted = plant(task, seed, in_common)
+    _, (images, targets), (others, _) = task.data(seed)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    images, targets = images[order], targets[order]
     batches = list(zip(images.split(100), halves(targets, seed).split(100), strict=True))
     scores = {}
     for method in ("paper", "optimized"):
@@ -271,9 +358,17 @@ def measure(seed: int, in_common: float) -> dict[str, Score]:
         }
         used = {channel for channel, a, b in candidates if a != b}
         scores[method] = score(planted, run(), used, others)
+    unlabelled = [(part,) for part in images.split(100)]
+    scores["clusters"] = score_clusters(
+        planted,
+        find_polysemantic_channels(
+            planted.model, unlabelled, LAYER, concepts="clusters", calibration_samples=None, progress=False
+        ),
+        others,
+    )
     print(
         f"seed {seed}: accuracy {planted.accuracy[1]:.2f}, merged {planted.accuracy[0]:.2f}; {len(used)} of "
-        f"{N_PAIRS + N_TRIPLES} merged channels are relevant for two of their digits, "
+        f"{sum(len(group) > 1 for group in planted.members)} merged channels are relevant for two of their classes, "
         f"{len({channel for channel, a, b in candidates if a == b} - used)} others for both halves of one"
     )
     return scores
@@ -290,10 +385,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Find and recover planted polysemantic channels.")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--in-common", type=float, default=10.0)
+    parser.add_argument("--early", action="store_true")
     arguments = parser.parse_args()
-    results = [measure(seed, arguments.in_common) for seed in range(arguments.seeds)]
+    task = TEXTURES if arguments.early else DIGITS
+    results = [measure(task, seed, arguments.in_common) for seed in range(arguments.seeds)]
     print("\n| method | precision | recall | concepts | correlation with the originals |\n|" + " --- |" * 5)
-    for method in ("paper", "optimized"):
+    for method in ("paper", "optimized", "clusters"):
         found = [result[method] for result in results]
         columns = [[getattr(one, name) for one in found] for name in ("precision", "recall", "concepts")]
         columns.append([value for one in found for value in one.correlation])

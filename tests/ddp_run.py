@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_polydis import ChannelDisentanglement, SplitConv2d, SplitPlan, disentangle
 from tests.networks import Classifier, conv_relu_net, loader, make_images, train_briefly
+from tests.planted import Autoencoder, planted_images, planted_loader
 
 
 def make_trainer(folder: Path, callback: ChannelDisentanglement, **kwargs: Any) -> pl.Trainer:
@@ -79,9 +80,37 @@ def one_process_sees_nothing_but_nan(folder: Path) -> None:
     callback.report.save(folder / f"report_{trainer.global_rank}.json")
 
 
+def clusters(folder: Path) -> None:
+    """Without labels: validate, judge the split module, validate where rank 1 sees NaN and where memory is short."""
+
+    def validated(name: str, data: DataLoader, module: Autoencoder, **kwargs: Any) -> dict[str, float]:
+        callback = ChannelDisentanglement("net.mix", concepts="clusters", strict=True, **kwargs)
+        trainer = make_trainer(folder, callback, use_distributed_sampler=name != "nan")
+        (metrics,) = trainer.validate(module, data, verbose=False)
+        if callback.report is not None:
+            _ = callback.report.quality, callback.report.cards, callback.report.overviews
+            callback.report.save(folder / f"{name}_report_{trainer.global_rank}.json")
+            callback.plan.save(folder / f"{name}_plan_{trainer.global_rank}.json")
+        return metrics
+
+    images, own = planted_images(240)
+    data = DataLoader(TensorDataset(images, own), 20)
+    validated("plain", data, Autoencoder())
+    rank = torch.distributed.get_rank()
+    split = disentangle(Autoencoder(), SplitPlan.load(folder / f"plain_plan_{rank}.json"))
+    metrics = validated("split", planted_loader(240), split)
+    (folder / f"metrics_{rank}.json").write_text(json.dumps(metrics))
+    validated("short", data, Autoencoder(), calibration_memory=40 * 18 * 16 * 4 / 2**20)
+    spoilt = images if rank == 0 else images * float("nan")
+    validated("nan", DataLoader(TensorDataset(spoilt, own), 20), Autoencoder())
+
+
 def main(folder: Path, loop: str) -> None:
     if loop == "nan":
         one_process_sees_nothing_but_nan(folder)
+        return
+    if loop == "clusters":
+        clusters(folder)
         return
     torch.manual_seed(0)
     module = Classifier(train_briefly(conv_relu_net()))

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.batches import labels_of
+from lightning_polydis.batches import check_module_name, labels_of
 from lightning_polydis.clusters.evidence import ClusterEvidence
 from lightning_polydis.clusters.finding import MIN_IMAGES
 from lightning_polydis.clusters.pool import InputPool
@@ -69,6 +69,7 @@ class ClusterAnalysis:
         note: str | None = None,
         normalisation: Normalisation | None = None,
     ) -> None:
+        check_module_name(model, settings.logits_module)
         self._model, self._settings = model, settings
         self._denormalize = normalisation if settings.denormalize is None else settings.denormalize
         self._notes = [] if note is None else [note]
@@ -141,7 +142,7 @@ class ClusterAnalysis:
     def _add(self, seen: dict[str, Seen], watcher: LayerWatcher) -> None:
         if not self._top:
             self._prepare(seen, watcher)
-        n_images = len(next(iter(seen.values())).inputs)
+        n_images = _number_of_images(seen)
         if not all(is_finite(part) for one in seen.values() for part in one):
             self._n_left_out += n_images
             return
@@ -176,6 +177,7 @@ class ClusterAnalysis:
         while len(pool) > ROOM * limit and top.depth > 1:
             top.depth.fill_(_next_depth(int(top.depth)))
             pool.keep_only(top.strongest(int(top.depth)))
+        pool.keep_first(limit)  # where there is not even room for the strongest image of each side
 
     def _most_images(self, name: str) -> int | None:
         """Images whose layer input fits into the memory that the user allows; `None`: any number."""
@@ -190,7 +192,7 @@ class ClusterAnalysis:
             sides = sides_of(channel_count(layer), watcher.signs[name])
             per_image = len(sides) * (2 * inputs_per_channel(layer) + 20)
             affordable = int(self._settings.vector_bytes * VECTOR_SHARE / len(self._layers) // per_image)
-            limit = min(MAX_IMAGES, affordable)
+            limit = max(1, min(MAX_IMAGES, affordable))
             if limit < MAX_IMAGES:
                 self._note(
                     f"Only the {limit} strongest images of each channel of `{name}`, not {MAX_IMAGES}, fit into half "
@@ -198,12 +200,13 @@ class ClusterAnalysis:
                     f"{MAX_IMAGES * per_image * len(self._layers) * 2 / MEBIBYTE:.0f} MiB would hold them all."
                 )
             device = seen[name].inputs.device
-            self._top[name] = TopImages(sides, inputs_per_channel(layer), max(1, limit)).to(device)
+            self._top[name] = TopImages(sides, inputs_per_channel(layer), limit).to(device)
             inputs = seen[name].inputs
             self._image_bytes[name] = inputs[0].numel() * max(4, inputs.dtype.itemsize)
             if self._settings.calibration_samples != 0:
                 picture_bytes = self._settings.thumbnail_bytes / len(self._layers)
-                self._pools[name] = InputPool(picture_bytes, process_group=self._cpu_group)
+                self._pools[name] = pool = InputPool(picture_bytes, process_group=self._cpu_group)
+                pool.update([], inputs[:0], None, None, None)  # a process may keep nothing, but has to know its shape
 
     def _note(self, text: str) -> None:
         rank_zero_warn(text)
@@ -213,12 +216,15 @@ class ClusterAnalysis:
         """Exchange what the processes of a distributed run have seen; all of them, and then ``compute`` does not."""
         self._n_images, self._n_left_out = _summed(self._n_images, self._n_left_out)
         self._lists: dict[str, TopLists] = {}
+        if not all(pool.has_pictures for pool in self._pools.values()):
+            self._note("The images do not fit into an eighth of `calibration_memory`, so the reports show none.")
         for name, top in self._top.items():
             top.trim()
             top.sync()
             self._lists[name] = top.compute()
             if name in self._pools:
-                self._pools[name].join(set(self._lists[name].strongest(self._depth(name)).tolist()))
+                wanted = self._lists[name].strongest(self._depth(name)).tolist()
+                self._pools[name].join(set(wanted[: self._most_images(name)]))
                 self._pools[name].sync()
 
     def _depth(self, name: str) -> int:
@@ -226,7 +232,12 @@ class ClusterAnalysis:
         depth, limit = int(self._top[name].depth), self._most_images(name)
         while limit is not None and depth > 1 and len(self._lists[name].strongest(depth)) > limit:
             depth = _next_depth(depth)
-        if depth < self._top[name].limit:
+        if limit is not None and len(self._lists[name].strongest(depth)) > limit:
+            self._note(
+                f"The layer inputs of only {limit} images fit into `calibration_memory`="
+                f"{self._settings.calibration_memory:g} MiB for `{name}`: too few to choose and judge splits well."
+            )
+        elif depth < self._top[name].limit:
             self._note(
                 f"The layer inputs of only the {depth} strongest images of each channel of `{name}` fit into "
                 f"`calibration_memory`={self._settings.calibration_memory:g} MiB; those choose and judge splits."
@@ -279,6 +290,19 @@ ROOM = 0.9
 
 VECTOR_SHARE = 2
 """Memory for the strongest images' vectors, over what class-conditional vectors may take."""
+
+
+def _number_of_images(seen: dict[str, Seen]) -> int:
+    """Images of a batch, which every layer has to read alike."""
+    counts = {name: len(one.inputs) for name, one in seen.items()}
+    first, *others = counts
+    odd = next((name for name in others if counts[name] != counts[first]), None)
+    if odd is not None:
+        raise InputError(
+            f"Expected the layers to read as many images as each other, but `{first}` reads {counts[first]} and "
+            f"`{odd}` {counts[odd]} (parts of images, perhaps). Analyse one at a time."
+        )
+    return counts[first]
 
 
 def _next_depth(depth: int) -> int:

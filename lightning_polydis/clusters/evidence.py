@@ -225,7 +225,8 @@ class ClusterEvidence:
         rows = [torch.cat([own.rows[number] for number in concept]) for concept in split.concepts]
         vectors = [F.normalize(self.lists.vectors[part].float(), dim=1) for part in rows]
         centres = torch.stack([F.normalize(part.mean(0), dim=0) for part in vectors])
-        floors = [self._floor(own.sides[concept[0]]) for concept in split.concepts]
+        # As many digits as a split layer holds, so that it gives back the split that it was made of.
+        floors = [float(f"{self._floor(own.sides[concept[0]]):.9g}") for concept in split.concepts]
         return replace(split, centres=centres, floors=floors)
 
     def described(self, found: PolysemanticChannel) -> list[str] | None:
@@ -263,9 +264,10 @@ def _contents(labels: Tensor) -> list[tuple[int, float]]:
     """The classes that fill a concept, and their shares of its images; none where any class is unknown."""
     if not len(labels) or bool((labels < 0).any()):
         return []
-    counts = labels.bincount()
-    order = counts.argsort(descending=True, stable=True)[:MAX_CONTENTS].tolist()
-    return [(label, float(counts[label]) / len(labels)) for label in order if counts[label]]
+    classes, counts = labels.unique(return_counts=True)  # no `bincount`: what is no class may be a huge number
+    order = counts.argsort(descending=True, stable=True)[:MAX_CONTENTS]
+    shares = counts[order].double() / len(labels)
+    return list(zip(classes[order].tolist(), shares.tolist(), strict=True))
 
 
 def _spread(places: Tensor, limit: int | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -130,6 +131,10 @@ class InputPool(Metric):
     def keep_only(self, images: set[int]) -> None:
         """Let go of all other images."""
         self._kept = {number: entry for number, entry in self._kept.items() if number in images}
+
+    def keep_first(self, n_images: int) -> None:
+        """Let go of all but so many images, those that came first."""
+        self._kept = dict(islice(self._kept.items(), n_images))
 
     def join(self, images: set[int]) -> None:
         """Make one piece of those that are wanted, before the processes exchange theirs. Last before ``compute``."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from lightning_polydis._checks import InputError
 from lightning_polydis.forward import PassDone
@@ -19,10 +22,20 @@ if TYPE_CHECKING:
 
     from lightning_polydis.layers import LinearLayer
 
-RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Softplus)
-"""Modules that let what is negative through not at all, or hardly."""
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+RECTIFIERS = {
+    F.relu,
+    F.relu6,
+    F.gelu,
+    F.silu,
+    F.hardswish,
+    F.mish,
+    F.softplus,
+    torch.relu,
+    torch.relu_,
+    torch.Tensor.relu,
+    torch.Tensor.relu_,
+}
+"""Functions that let what is negative through not at all, or hardly; the modules of that name call them."""
 
 
 class Seen(NamedTuple):
@@ -44,9 +57,8 @@ class LayerWatcher:
 
     Attributes:
         signs: After the first pass, for each layer the only direction in which each channel is used, ``[C]``, or
-            `None` where it may be both. It is one where a module that lets only what is positive through reads the
-            output, be it behind a batch norm, whose weight may turn it round. Functions, which no hook sees, count as
-            both directions.
+            `None` where it may be both. It is one where a function that lets only what is positive through reads the
+            output, be it behind a batch norm, whose weight may turn it round.
 
     Example:
         >>> import torch
@@ -66,13 +78,14 @@ class LayerWatcher:
         }
         self.signs: dict[str, Tensor | None] = dict.fromkeys(layers)
         self._handles: list[RemovableHandle] = []
+        self._readers = ExitStack()
         self._has_run = False
         self._forget()
 
     def _forget(self) -> None:
         self._seen: dict[str, Seen] = {}
         self._problem: Exception | None = None
-        self._outputs: list[tuple[Any, str, Tensor | None]] = []  # outputs on their way: of which layer, turned how
+        self._outputs: list[tuple[Any, str, Tensor]] = []  # outputs on their way: of which layer, turned how
 
     def start(self, *, rehearsal: bool = False) -> None:
         """Put the hooks on the network, ready for one forward pass.
@@ -86,17 +99,7 @@ class LayerWatcher:
         for name, layer in self._layers.items():
             self._handles.append(layer.register_forward_hook(self._layer_hook(name), with_kwargs=True))
         if not self._has_run:
-            self._watch_what_follows()
-
-    def _watch_what_follows(self) -> None:
-        layers = set(self._layers.values())
-        for module in self._model.modules():
-            if isinstance(module, RECTIFIERS):
-                self._handles.append(module.register_forward_pre_hook(self._rectify))
-            elif isinstance(module, NORMS):
-                self._handles.append(module.register_forward_hook(self._normalise))
-            elif self._rehearsal and module not in layers:
-                self._handles.append(module.register_forward_pre_hook(self._stop_behind))
+            self._readers.enter_context(_Readers(self))  # left by `close`
 
     def finish(self) -> dict[str, Seen]:
         """Take the hooks off and return what the pass showed, by layer; nothing if a later pass left the layers out.
@@ -125,6 +128,7 @@ class LayerWatcher:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._readers.close()
         self._forget()
 
     def _layer_hook(self, name: str) -> Callable[[nn.Module, Any, dict[str, Any], Any], None]:
@@ -142,32 +146,47 @@ class LayerWatcher:
     def _is_done(self) -> bool:
         return self._problem is not None or len(self._seen) == len(self._layers)
 
-    def _stop_behind(self, module: nn.Module, args: Any) -> None:
-        """Stop a first rehearsal at what comes behind the last layer, its batch norm and its activation function."""
-        if self._is_done():
-            raise PassDone
-
     def _see(self, name: str, inputs: Tensor, output: Tensor) -> None:
         if name in self._seen:
             raise InputError(
                 f"Expected layer `{name}` to run once in each forward pass, but it ran twice. "
                 "Layers that are shared or called several times in one step cannot be analysed."
             )
+        ones = torch.ones(self._n_channels[name], dtype=torch.long)
         with torch.no_grad():  # copies: the network may overwrite both
-            self._seen[name] = Seen(inputs.detach().clone(), output.detach().clone())
-        self._outputs.append((output, name, None))
+            seen = Seen(inputs.detach().clone(), output.detach().clone())
+        self._outputs.append((output, name, ones))
+        self._seen[name] = seen  # last: from then on a rehearsal may be stopped
 
-    def _rectify(self, module: nn.Module, args: Any) -> None:
-        for output, name, turned in self._outputs:
-            if args and args[0] is output:
-                self.signs[name] = self._ones(name) if turned is None else turned
+    def _note_reader(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+        """Take in that a function has run; whether it has read an output on its way."""
+        read = [(name, turned) for output, name, turned in self._outputs if args and args[0] is output]
+        for name, turned in read:
+            if function in RECTIFIERS:
+                self.signs[name] = turned
+            elif function is F.batch_norm:
+                weight = args[3] if len(args) > 3 else kwargs.get("weight")
+                self._outputs.append((result, name, turned if weight is None else turned * _signs(weight)))
+        return bool(read)
 
-    def _normalise(self, module: nn.Module, args: Any, output: Any) -> None:
-        for read, name, _ in list(self._outputs):
-            if args and args[0] is read:
-                weight = getattr(module, "weight", None)
-                turned = self._ones(name) if weight is None else torch.where(weight.detach().cpu() < 0, -1, 1)
-                self._outputs.append((output, name, turned))
 
-    def _ones(self, name: str) -> Tensor:
-        return torch.ones(self._n_channels[name], dtype=torch.long)
+class _Readers(TorchFunctionMode):
+    """Shows a watcher every function that reads tensors."""
+
+    def __init__(self, watcher: LayerWatcher) -> None:
+        super().__init__()
+        self._watcher = watcher
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        result = function(*args, **named)
+        has_read = self._watcher._note_reader(function, args, named, result)
+        if self._watcher._rehearsal and self._watcher._is_done() and not has_read:
+            raise PassDone  # what comes behind the last layer, its batch norm and its activation function
+        return result
+
+
+def _signs(weight: Tensor) -> Tensor:
+    return torch.where(weight.detach().cpu() < 0, -1, 1)
