@@ -23,6 +23,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,10 @@ from torchvision.models import resnet18, squeezenet1_1
 
 from lightning_polydis import PolysemanticityReport, find_polysemantic_channels
 from lightning_polydis.clusters.evidence import ClusterEvidence
-from lightning_polydis.clusters.finding import MIN_IMAGES, find_clusters
+from lightning_polydis.clusters.finding import MIN_IMAGES, Clusters, find_clusters
 from lightning_polydis.evaluation import SplitQuality
 from lightning_polydis.layers import channel_outputs, flat_weight, plain_copy, source_relevances
+from lightning_polydis.planning import judge_splits, plan_splits
 
 Labels = list[tuple[Tensor, Tensor]]
 """For each channel the clusters of its images, and their classes."""
@@ -86,8 +88,8 @@ def on_photographs(world: World) -> None:
         (channel.layer, channel.channel) for channel in by_classes.channels
     }
     print(f"\nChannels that both flag: {len(both)}.\n")
-    print("| layer | vectors | by | channels with clusters | adjusted mutual information | stability | seconds |")
-    print("|" + " --- |" * 7)
+    columns = "channels with clusters | adjusted mutual information | stability | distortion + leak | seconds"
+    print(f"| layer | vectors | by | {columns} |\n|" + " --- |" * 8)
     for layer in world.layers:
         assert by_clusters._evidence is not None
         _compare(by_clusters._evidence[layer], batches)
@@ -106,16 +108,30 @@ def _compare(evidence: ClusterEvidence, batches: list) -> None:
         pairs = zip(clouds, found, strict=True)
         labels = [(one.labels, _targets(evidence, side, targets)) for side, one in pairs if one is not None]
         stability = [one.stability for one in found if one is not None]
-        print(f"| {evidence.name} | {kind} | k-means | {_agreement(labels)} | {_spread(stability)} | {seconds:.1f} |")
-    own = {side: found for side, found in zip(clouds, find_clusters([c[0] for c in clouds.values()]), strict=True)}
+        worth = _worth(evidence, dict(zip(clouds, found, strict=True)))
+        _row(evidence.name, kind, "k-means", _agreement(labels), _spread(stability), worth, f"{seconds:.1f}")
+    own = dict(zip(clouds, find_clusters([c[0] for c in clouds.values()]), strict=True))
     sides = [side for side, found in own.items() if found is not None]
     for name, method in (("Ward", _ward), ("HDBSCAN", _hdbscan)):
         begin = time.perf_counter()
         labels = [(method(clouds[side][0], own[side].k), _targets(evidence, side, targets)) for side in sides]
         seconds = time.perf_counter() - begin
-        print(
-            f"| {evidence.name} | {kinds[0]} | {name}, on these channels | {_agreement(labels)} | - | {seconds:.1f} |"
-        )
+        _row(evidence.name, kinds[0], f"{name}, on these channels", _agreement(labels), "-", "-", f"{seconds:.1f}")
+
+
+def _row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |")
+
+
+def _worth(evidence: ClusterEvidence, found: dict[int, Clusters | None]) -> str:
+    """Distortion and leak of the splits that some clusters lead to, flagged or not, on held-out images."""
+    other = replace(evidence)
+    other.__dict__["clusters"] = {side: clusters for side, clusters in found.items() if clusters is not None}
+    wanted = [
+        (channel, [[number] for number in range(len(other.members(channel).rows))]) for channel in other.candidates
+    ]
+    qualities = judge_splits(other, plan_splits(other, wanted))
+    return _spread([one.mean("distortion") + one.mean("leak") for one in qualities if _is_known(one)])
 
 
 def _targets(evidence: ClusterEvidence, side: int, targets: Tensor) -> Tensor:

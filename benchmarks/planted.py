@@ -6,10 +6,10 @@ second of the network, right behind a first convolution. Then some channels are 
 answer to one another's classes (weights and biases added up), and what comes after is fine-tuned, with the layer's
 biases, so that the network works again; now every channel may feed every logit. Last, and without changing what is
 computed, the sources are given something in common: to each is added a multiple of the mean over all
-(``--in-common``), and the layer's weights undo it. Sources of real networks share much, and relevance vectors of narrow layers are all alike. The
-classes are halved at random, so that channels that were not merged are relevant for two classes as well: flagging one
-of those is a mistake. Both methods with their default thresholds, and ``concepts="clusters"``, which is shown no
-classes.
+(``--in-common``), and the layer's weights undo it. Sources of real networks share much, and relevance vectors of narrow
+layers are all alike. The classes are halved at random, so that channels that were not merged are relevant for two
+classes as well: flagging one of those is a mistake. Both methods with their default thresholds, and
+``concepts="clusters"``, which is shown no classes.
 
 * precision, recall: of the merged channels, among those that are candidates (for clusters: among all);
 * concepts: share of the found ones whose concepts are those that were merged, one for each;
@@ -95,12 +95,15 @@ class Task:
         trunk: Makes what comes before the layer of interest.
         selective: Weight of what units answer to classes that they do not feed. Units behind a single convolution
             answer to several classes even if they feed one, and would be polysemantic without any planting.
+        balanced: Whether units are scaled to answer equally strongly before they are merged. Of units that differ much
+            the weaker one hardly shows: a channel's strongest images are the stronger one's.
     """
 
     n_classes: int
     data: Callable[[int], tuple[Images, Images, Images]]
     trunk: Callable[[], nn.Module]
     selective: float = 0.0
+    balanced: bool = False
 
 
 def late_trunk() -> nn.Module:
@@ -135,7 +138,7 @@ def textures(seed: int) -> tuple[Images, Images, Images]:
     return first, second, third
 
 
-DIGITS, TEXTURES = Task(10, digits, late_trunk), Task(NUM_CLASSES, textures, early_trunk, selective=20.0)
+DIGITS, TEXTURES = Task(10, digits, late_trunk), Task(NUM_CLASSES, textures, early_trunk, selective=20.0, balanced=True)
 
 
 @dataclass(frozen=True)
@@ -192,11 +195,24 @@ def plant(task: Task, seed: int, in_common: float) -> Planted:
     model.extra.requires_grad_(False)
     fit(model, list(model.parameters()), images, targets, epochs=40, selective=task.selective)
     before = accuracy(model, others, other_targets)
+    if task.balanced:
+        _balance(model, unit_classes, images, targets)
     members = _members(unit_classes, *_responses(model, unit_classes, images, targets))
     merged = _merged(model, members)
     fit(merged, [merged.strength, merged.extra, merged.bias, merged.units.bias], images, targets, epochs=15)
     after = accuracy(merged, others, other_targets)
     return Planted(_halved(merged, in_common), model.units.requires_grad_(False), members, (after, before))
+
+
+@torch.no_grad()
+def _balance(model: UnitNet, unit_classes: Tensor, images: Tensor, targets: Tensor) -> None:
+    """Give all units the same mean response to their class, and what reads them the inverse."""
+    units = F.relu(model.units(model.trunk(images))).mean((2, 3))
+    means = torch.stack([units[targets == label, unit].mean() for unit, label in enumerate(unit_classes.tolist())])
+    means.clamp_(min=1e-3)
+    model.units.weight /= means[:, None, None, None]
+    model.units.bias /= means
+    model.strength *= means
 
 
 @torch.no_grad()

@@ -128,6 +128,7 @@ def validate(module: Classifier, loader: DataLoader, arguments: argparse.Namespa
         relevance_threshold=arguments.relevance_threshold,
         similarity_threshold=arguments.similarity_threshold,
         attribution=arguments.attribution,
+        concepts=arguments.concepts,
         strict=True,
     )
     trainer = pl.Trainer(
@@ -194,7 +195,7 @@ def print_results(arguments: argparse.Namespace, rounds: list[tuple[Epoch, Epoch
         print(f"peak memory, {place}: {memory[False][place]:.0f} MiB without, {memory[True][place]:.0f} MiB with")
     print(f"candidates: {found.n_candidates}, threads: {torch.get_num_threads()}")
     cells = [
-        f"{arguments.model}{', compiled' if arguments.compile else ''}, {arguments.attribution}",
+        f"{arguments.model}{', compiled' if arguments.compile else ''}, {_kind(arguments)}",
         f"`{MODELS[arguments.model][1]}`",
         f"{found.n_images}",
         f"{found.n_flagged}",
@@ -206,6 +207,10 @@ def print_results(arguments: argparse.Namespace, rounds: list[tuple[Epoch, Epoch
     ]
     print("| model | layer | images | flagged | without | with | ratio | spread | MiB without | MiB with |")
     print(f"| {' | '.join(cells)} |")
+
+
+def _kind(arguments: argparse.Namespace) -> str:
+    return arguments.attribution if arguments.concepts == "classes" else arguments.concepts
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -220,6 +225,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--relevance-threshold", type=float, default=0.03)
     parser.add_argument("--similarity-threshold", type=float, default=None)
     parser.add_argument("--attribution", default="gradient_x_input", help="or the name of a zennit composite")
+    parser.add_argument("--concepts", choices=["classes", "clusters"], default="classes")
     parser.add_argument(
         "--clock", choices=list(CLOCKS), default="wall", help="cpu: of this process, for busy machines and --threads 1"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_STEPS = 100
+MAX_STEPS = 30
 TOLERANCE = 1e-9
 """Largest projected gradient of a solution, relative to the largest gradient at the start (if rounding lets it)."""
 

@@ -458,11 +458,12 @@ def test_what_reads_the_layer_tells_in_which_direction_its_channels_are_used(res
     layer = {"conv": net.conv}
     watcher = LayerWatcher(net, layer)
     watcher.start(rehearsal=rehearsal)
-    with torch.no_grad():
-        try:
+    try:
+        with torch.no_grad():
             net(x)
-        except PassDone:
-            assert rehearsal
+    except PassDone:
+        assert rehearsal
+    assert torch.is_grad_enabled()
     seen = watcher.finish()["conv"]
     signs = watcher.signs["conv"]
     assert (None if signs is None else signs.tolist()) == expected
@@ -475,11 +476,27 @@ def residual(self, x):
     return self.rest(x + 1) + x
 
 
-@pytest.mark.parametrize("read", [residual, lambda self, x: x.relu(), lambda self, x: F.relu_(x)])
-def test_sums_and_functions_count_as_both_directions(read):
+FUNCTIONS = {
+    "residual": (residual, None),
+    "method": (lambda self, x: x.relu(), [1] * 4),
+    "in-place method": (lambda self, x: x.relu_(), [1] * 4),
+    "function": (lambda self, x: F.relu(x), [1] * 4),
+    "in-place function": (lambda self, x: F.relu_(x), [1] * 4),
+    "function told to be in-place": (lambda self, x: F.relu(x, inplace=True), [1] * 4),
+    "torch": (lambda self, x: torch.relu(x), [1] * 4),
+    "GELU": (lambda self, x: F.gelu(x), [1] * 4),
+    "after a look at its shape": (lambda self, x: x.view(x.shape).relu() if x.ndim == 9 else x.relu(), [1] * 4),
+    "leaky": (lambda self, x: F.leaky_relu(x), None),
+    "pooled": (lambda self, x: F.max_pool2d(x, 2).relu(), None),
+}
+
+
+@pytest.mark.parametrize(("read", "expected"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_functions_tell_as_much_as_modules(read, expected):
     net, x = Reading(nn.ReLU(), read), noise(2, 3, 6, 6)
     watcher, seen, _ = watched(net, x, "conv")
-    assert watcher.signs["conv"] is None
+    signs = watcher.signs["conv"]
+    assert (None if signs is None else signs.tolist()) == expected
     with torch.no_grad():
         torch.testing.assert_close(seen["conv"].outputs, net.conv(x))
 
@@ -596,10 +613,10 @@ def test_a_rehearsal_stops_behind_the_layers_and_what_reads_them():
 
         def forward(self, x):
             ran.append(self.name)
-            return x
+            return x * 1
 
-    net = nn.Sequential(nn.Linear(4, 4), Note("between"), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), Note("after"))
-    net.eval()
+    net = nn.Sequential(nn.Linear(4, 4), Note("between"), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())
+    net.extend([nn.Linear(4, 4), Note("after")]).eval()
     watcher = LayerWatcher(net, {"0": net[0], "2": net[2]})
     for _ in range(2):
         watcher.start(rehearsal=True)
@@ -609,6 +626,57 @@ def test_a_rehearsal_stops_behind_the_layers_and_what_reads_them():
         assert watcher.signs["2"].tolist() == [1] * 4
     assert ran == ["between"] * 2
     assert n_hooks(net) == 0
+
+
+def test_after_a_stopped_rehearsal_work_on_the_way_out_is_done_undisturbed():
+    """Gradients are turned on again, buffers put back: functions too, which must not stop anything once more."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    watcher = LayerWatcher(net, {"0": net[0]})
+    watcher.start(rehearsal=True)
+    try:
+        with torch.no_grad():
+            net(noise(2, 4))
+    except PassDone:
+        buffer = torch.zeros(3).copy_(torch.ones(3))
+    assert torch.is_grad_enabled()
+    assert buffer.tolist() == [1, 1, 1]
+    assert list(watcher.finish()) == ["0"]
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_nothing_watches_functions_before_the_layer_or_after_the_first_pass():
+    """Where something does, attention computes by another kernel."""
+
+    class Ask(nn.Module):
+        def forward(self, x):
+            asked.append(torch.overrides.has_torch_function((x,)))
+            return x
+
+    asked = []
+    net = nn.Sequential(Ask(), nn.Linear(4, 4), Ask())
+    watcher = LayerWatcher(net, {"1": net[1]})
+    for _ in range(2):
+        watcher.start()
+        net(noise(2, 4))
+        watcher.finish()
+    assert asked == [False, True, False, False]
+
+
+def test_inputs_that_the_network_overwrites_later_are_seen_as_they_were():
+    class Overwrites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            read = x * 1
+            y = self.fc(read)
+            read.zero_()
+            return y
+
+    x = noise(2, 4)
+    _, seen, _ = watched(Overwrites(), x, "fc")
+    assert torch.equal(seen["fc"].inputs, x)
 
 
 def test_keyword_inputs_are_seen():

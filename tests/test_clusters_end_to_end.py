@@ -549,6 +549,11 @@ def callback_for(layers="net.mix", **settings):
     return ChannelDisentanglement(layers, concepts="clusters", **{"strict": True, **settings})
 
 
+def n_modes():
+    """Modes in force that see every function."""
+    return torch._C._len_torch_function_stack()
+
+
 def same_findings(found, expected):
     keys = ("channel", "concepts", "contents", "stability")
     one, two = ([[getattr(c, key) for key in keys] for c in report.channels] for report in (found, expected))
@@ -602,7 +607,7 @@ def test_losses_and_metrics_are_bit_for_bit_those_without_the_callback(loop, lay
 
 
 class Failing(Autoencoder):
-    fail_at = 1
+    fail_at = 0
 
     def validation_step(self, batch, batch_idx):
         super().validation_step(batch, batch_idx)
@@ -616,7 +621,7 @@ def test_an_exception_in_the_step_leaves_nothing_behind(inference_mode, tmp_path
     trainer = make_trainer(tmp_path, callback, inference_mode=inference_mode)
     with pytest.raises(RuntimeError, match="on purpose"):
         trainer.validate(module, planted_loader(), verbose=False)
-    assert n_hooks(module) == 0
+    assert n_hooks(module) == n_modes() == 0
     assert torch.is_grad_enabled()
     assert trainer.validate_loop.inference_mode is inference_mode
     assert callback.report is None
@@ -705,17 +710,22 @@ def test_a_compiled_module_gives_what_an_eager_one_gives(layers, tmp_path):
 
 
 class Attentive(nn.Module):
-    """Sources, a layer that mixes them, and attention in the form that has a faster path without gradients."""
+    """Attention in the form that has a faster path without gradients, before and after the layer that mixes sources."""
 
     def __init__(self):
         super().__init__()
+        self.before = nn.TransformerEncoderLayer(48, 2, 16, batch_first=True)
         self.planted = PlantedNet()
         self.attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.last, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(16)
 
     def forward(self, images):
         net = self.planted
+        images = images + 1e-3 * self.before(
+            images.flatten(2).unflatten(2, (16, 16)).reshape(len(images), 16, 48)
+        ).view_as(images)
         tokens = self.attention(net.act(net.mix(net.relu(net.sources(images)))).flatten(2).mT)
-        return net.back(tokens.mT.unflatten(2, (4, 4)))
+        return net.back(self.last(self.norm(tokens)).relu().mT.unflatten(2, (4, 4)))
 
 
 class Keeping(Autoencoder):
@@ -723,18 +733,32 @@ class Keeping(Autoencoder):
         self.kept = [*getattr(self, "kept", []), self(batch[0])]
 
 
-def test_attention_keeps_its_fast_path_and_its_results(tmp_path):
+@pytest.mark.parametrize("layers", ["net.planted.mix", "net.last", ["net.planted.mix", "net.last"], None])
+def test_attention_keeps_its_fast_path_and_its_results(layers, tmp_path):
     torch.manual_seed(0)
     net = Attentive().eval()
     without, module = Keeping(copy.deepcopy(net)), Keeping(copy.deepcopy(net))
-    callback = callback_for("net.planted.mix")
+    callback = callback_for(layers)
     make_trainer(tmp_path).validate(without, planted_loader(), verbose=False)
     make_trainer(tmp_path, callback).validate(module, planted_loader(), verbose=False)
     assert len(module.kept) == 6
     assert all(map(torch.equal, module.kept, without.kept))
-    expected = find(net, plain_batches(), "planted.mix")
-    same_findings(callback.report, expected)
-    assert sorted(found_in(callback.report)) == MERGED
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in module.net.state_dict().items())
+    assert n_modes() == 0
+    expected = find(module, plain_batches(), callback.report.settings["layers"])
+    assert [channel.channel for channel in callback.report.channels] == [c.channel for c in expected.channels]
+    if layers == "net.planted.mix":
+        same_findings(callback.report, expected)
+        assert sorted(found_in(callback.report)) == MERGED
+
+
+def test_two_callbacks_watch_at_once(tmp_path):
+    module, callbacks = Autoencoder(), [callback_for(name) for name in ("net.mix", "net.sources")]
+    make_trainer(tmp_path, *callbacks).validate(module, planted_loader(), verbose=False)
+    for callback, name in zip(callbacks, ("net.mix", "net.sources"), strict=True):
+        assert callback.report.pairs == find(module, plain_batches(), name).pairs
+    assert sorted(found_in(callbacks[0].report)) == MERGED
+    assert n_modes() == 0
 
 
 class Regressor(Autoencoder):

@@ -155,6 +155,21 @@ def test_vectors_of_one_source_or_all_alike_are_one_cloud(draw):
     assert find_clusters([]) == []
 
 
+def test_clusters_that_two_halves_do_not_agree_on_are_dropped(draw):
+    """Four tight lumps, two of which are seen by each half: alternating, each half has only two directions."""
+    own = torch.arange(120) % 2 + 2 * (torch.rand(120, generator=draw) < 0.5)
+    lumps = F.normalize(
+        torch.eye(8)[0]
+        + 0.6 * torch.stack([torch.eye(8)[k] for k in (1, 2, 1, 2)]) * torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]),
+        dim=1,
+    )
+    vectors = lumps[own] + 0.02 * drawn(120, 8, draw=draw)
+    assert find_clusters([vectors]) == [None]
+    (found,) = find_clusters([vectors[torch.randperm(120, generator=draw)]])
+    assert found.k == 4
+    assert found.stability > 0.9
+
+
 def test_outliers_are_no_cluster(draw):
     n_strange = MIN_SIZE - 1
     cloud = torch.eye(8)[torch.zeros(60, dtype=torch.long)] + 0.05 * drawn(60, 8, draw=draw)

@@ -35,7 +35,7 @@ def test_every_code_block_runs(tmp_path, monkeypatch):
         "other_loader": loader(seed=5),
     }
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         # The little network of the test has other thresholds than an ImageNet network.
         block = block.replace(", split=True)", ", split=True, relevance_threshold=0.001, class_fraction=0.1)")

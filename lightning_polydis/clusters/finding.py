@@ -157,7 +157,7 @@ def _is_plain(points: _Points, labels: Tensor, k: int, most_alike: float) -> Ten
     owns = F.one_hot(labels, k).to(points.units.dtype) * points.counts[..., None]
     least = (MIN_SHARE * points.counts.sum(1)).clamp(min=MIN_SIZE)
     centres = F.normalize(owns.mT @ points.units, dim=2)
-    return (owns.sum(1).amin(1) >= 1) & ((centres @ centres.mT).flatten(1).amin(1) < min(most_alike, ALL_ALIKE))
+    return (owns.sum(1).amin(1) >= least) & ((centres @ centres.mT).flatten(1).amin(1) < min(most_alike, ALL_ALIKE))
 
 
 def _stability(points: _Points, k: int, generator: torch.Generator) -> Tensor:

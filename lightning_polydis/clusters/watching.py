@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_polydis._checks import InputError
 from lightning_polydis.forward import PassDone
 from lightning_polydis.layers import channel_count
-from lightning_polydis.splitting import SplitLayer
+from lightning_polydis.splitting import SplitLayer, SplitLinear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -79,7 +79,7 @@ class LayerWatcher:
         self.signs: dict[str, Tensor | None] = dict.fromkeys(layers)
         self._handles: list[RemovableHandle] = []
         self._readers = ExitStack()
-        self._has_run = False
+        self._is_watching_readers = self._has_run = False
         self._forget()
 
     def _forget(self) -> None:
@@ -98,8 +98,6 @@ class LayerWatcher:
         self._rehearsal = rehearsal
         for name, layer in self._layers.items():
             self._handles.append(layer.register_forward_hook(self._layer_hook(name), with_kwargs=True))
-        if not self._has_run:
-            self._readers.enter_context(_Readers(self))  # left by `close`
 
     def finish(self) -> dict[str, Seen]:
         """Take the hooks off and return what the pass showed, by layer; nothing if a later pass left the layers out.
@@ -129,6 +127,7 @@ class LayerWatcher:
             handle.remove()
         self._handles.clear()
         self._readers.close()
+        self._is_watching_readers = False
         self._forget()
 
     def _layer_hook(self, name: str) -> Callable[[nn.Module, Any, dict[str, Any], Any], None]:
@@ -156,6 +155,9 @@ class LayerWatcher:
         with torch.no_grad():  # copies: the network may overwrite both
             seen = Seen(inputs.detach().clone(), output.detach().clone())
         self._outputs.append((output, name, ones))
+        if not self._has_run and not self._is_watching_readers:  # not earlier: attention would leave its fast path
+            self._readers.enter_context(_Readers(self))  # left by `close`
+            self._is_watching_readers = True
         self._seen[name] = seen  # last: from then on a rehearsal may be stopped
 
     def _note_reader(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
@@ -164,10 +166,14 @@ class LayerWatcher:
         for name, turned in read:
             if function in RECTIFIERS:
                 self.signs[name] = turned
-            elif function is F.batch_norm:
+            elif function is F.batch_norm and self._has_channels_second(name, result):
                 weight = args[3] if len(args) > 3 else kwargs.get("weight")
                 self._outputs.append((result, name, turned if weight is None else turned * _signs(weight)))
         return bool(read)
+
+    def _has_channels_second(self, name: str, output: Tensor) -> bool:
+        """Whether a batch norm of an output goes channel by channel: where a linear layer reads tokens it does not."""
+        return output.ndim == 2 or not isinstance(self._layers[name], nn.Linear | SplitLinear)
 
 
 class _Readers(TorchFunctionMode):
@@ -176,6 +182,7 @@ class _Readers(TorchFunctionMode):
     def __init__(self, watcher: LayerWatcher) -> None:
         super().__init__()
         self._watcher = watcher
+        self._has_stopped = False
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -183,7 +190,10 @@ class _Readers(TorchFunctionMode):
         named = kwargs or {}
         result = function(*args, **named)
         has_read = self._watcher._note_reader(function, args, named, result)
-        if self._watcher._rehearsal and self._watcher._is_done() and not has_read:
+        # Once, and at nothing that looks at a shape or turns gradients on: on the way out there is still work to do.
+        is_behind = self._watcher._is_done() and not has_read and isinstance(result, Tensor)
+        if self._watcher._rehearsal and is_behind and not self._has_stopped:
+            self._has_stopped = True
             raise PassDone  # what comes behind the last layer, its batch norm and its activation function
         return result
 
