@@ -14,6 +14,9 @@ TOLERANCE = 1e-9
 RIDGE = 1e-9
 SUFFICIENT_DECREASE = 1e-4
 SHORTEST_STEP = 2.0**-30
+MOSTLY_FREE = 0.8
+"""Part of the variables from which on a system of all of them is solved: the others' rows are those of the identity."""
+
 WORTH_COPYING = 0.4
 """Part of the problems up to which they are copied out to go on with them alone: a copy costs two readings."""
 
@@ -97,7 +100,7 @@ def minimise_in_box(problem: HingedLeastSquares, tolerance: float = TOLERANCE) -
     first: Tensor | None = None
     open_ = torch.arange(n_problems, device=values.device)
     moved = torch.ones_like(open_, dtype=torch.bool)  # what rounding keeps from moving is done
-    n_steps = 0
+    n_steps, length = 0, 1.0
     for n_steps in range(MAX_STEPS + 1):
         current = values[open_]
         errors = problem.errors(current)
@@ -114,7 +117,9 @@ def minimise_in_box(problem: HingedLeastSquares, tolerance: float = TOLERANCE) -
             current, errors, gradient, projected = (part[going] for part in (current, errors, gradient, projected))
             going = going[going]
         step = _newton_step(problem.curvature(errors), projected)
-        reached = _shortened(problem, current, gradient, step, problem.loss(errors), going)
+        reached, length = _shortened(
+            problem, current, gradient, step, problem.loss(errors), going, min(1.0, 8 * length)
+        )
         moved = (reached != current).any(1)
         values[open_] = reached
     return BoxSolution(values, optimality, n_steps)
@@ -129,6 +134,18 @@ def _projected(values: Tensor, gradient: Tensor) -> Tensor:
 def _newton_step(curvature: Tensor, projected: Tensor) -> Tensor:
     """Newton step on the free variables, zero on the others."""
     free = projected != 0
+    n_free = max(1, int(free.sum(1).max()))
+    if n_free > MOSTLY_FREE * free.shape[1]:
+        return _solved(curvature, projected, free)
+    # A system of the free variables alone: its solution takes the third power of their number.
+    places = free.to(torch.uint8).topk(n_free, dim=1, sorted=False).indices
+    square = curvature.gather(1, places[..., None].expand(-1, -1, curvature.shape[2]))
+    square = square.gather(2, places[:, None].expand(-1, n_free, -1))
+    step = _solved(square, projected.gather(1, places), free.gather(1, places))
+    return torch.zeros_like(projected).scatter_(1, places, step)
+
+
+def _solved(curvature: Tensor, projected: Tensor, free: Tensor) -> Tensor:
     both = free[:, :, None] & free[:, None]
     diagonal = curvature.diagonal(dim1=1, dim2=2)
     lift = torch.where(free, RIDGE * diagonal.amax(1, keepdim=True) + torch.finfo(diagonal.dtype).tiny, 1)
@@ -138,11 +155,22 @@ def _newton_step(curvature: Tensor, projected: Tensor) -> Tensor:
 
 
 def _shortened(
-    problem: HingedLeastSquares, start: Tensor, gradient: Tensor, step: Tensor, loss: Tensor, going: Tensor
-) -> Tensor:
-    """Go along the step, bent at the bounds, as far as the loss falls sufficiently; only where it is ``going``."""
+    problem: HingedLeastSquares,
+    start: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    loss: Tensor,
+    going: Tensor,
+    length: float,
+) -> tuple[Tensor, float]:
+    """Go along the step, bent at the bounds, as far as the loss falls sufficiently; only where it is ``going``.
+
+    Returns:
+        Where that leads, and the largest part of a step that was gone. The first part to be tried is ``length``; from
+        one step to the next it changes little.
+    """
     reached, todo = start.clone(), going.nonzero()[:, 0]
-    length = 1.0
+    gone = 0.0
     while len(todo) and length >= SHORTEST_STEP:
         tried = (start + length * step).clamp(0, 1)
         expected = (gradient * (tried - start)).sum(1)
@@ -152,6 +180,7 @@ def _shortened(
         allowed = loss + SUFFICIENT_DECREASE * expected
         falls[those] = part.loss(part.errors(tried[those])) < allowed[those]
         done = todo[falls[todo]]
+        gone = gone or length * bool(len(done))
         reached[done] = tried[done]
         todo, length = todo[~falls[todo]], length / 2
-    return reached
+    return reached, gone or length

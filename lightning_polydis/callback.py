@@ -19,7 +19,7 @@ from lightning_polydis._outputs import Outputs, split_trained
 from lightning_polydis._trainer import averaged_twins, check_optimizer_states, check_strategy, is_last_validation
 from lightning_polydis.cards import EpochEntry, thinned
 from lightning_polydis.loggers import log_split_quality
-from lightning_polydis.plan import SplitPlan
+from lightning_polydis.plan import SplitPlan, of_one_kind
 from lightning_polydis.settings import AnalysisSettings
 from lightning_polydis.state import CallbackState
 from lightning_polydis.surgery import rebuild_splits, stored_plan
@@ -298,9 +298,10 @@ class ChannelDisentanglement(Callback):
         return self._settings.layer_names if self._chosen is None else self._chosen
 
     def _plan_in(self, pl_module: pl.LightningModule) -> SplitPlan:
-        """The splits that the module has in the layers of this callback."""
+        """The splits that the module has in the layers of this callback; of two kinds, those of its own."""
         names = self._settings.layer_names
-        return SplitPlan([split for split in stored_plan(pl_module) if names is None or split.layer in names])
+        plan = SplitPlan([split for split in stored_plan(pl_module) if names is None or split.layer in names])
+        return of_one_kind(plan, of_clusters=self._settings.concepts == "clusters")
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         """Whether this validation is analysed: every n-th of a fit, the first and the last one always."""

@@ -150,9 +150,9 @@ class SplitEvaluator:
                 own = [layer.channel_index(channel, 0) for channel in own]
             channels = [channel for channel, size in zip(own, sizes, strict=True) for _ in range(size)]
             outputs = channel_outputs(geometry, inputs, weight, bias, channels).float()
-            for tally, part, output in zip(tallies, parts, outputs.split(sizes, dim=1), strict=True):
+            for tally, channel, part, output in zip(tallies, own, parts, outputs.split(sizes, dim=1), strict=True):
                 if targets is None:
-                    concepts = nearest_concepts(geometry, inputs, part.weight[0], output[:, 0], tally.split)
+                    concepts = nearest_concepts(geometry, inputs, part.weight[0], output[:, 0], tally.split, channel)
                 else:
                     concepts = tally.concepts_of(targets)
                 tally.add(output, concepts, relevant[:, tally.split.channel])
@@ -258,7 +258,7 @@ class _Tally:
 
 
 def nearest_concepts(
-    layer: LinearLayer, inputs: Tensor, weight: Tensor, outputs: Tensor, split: ChannelSplit
+    layer: LinearLayer, inputs: Tensor, weight: Tensor, outputs: Tensor, split: ChannelSplit, channel: int
 ) -> Tensor:
     """The concept that each image belongs to where concepts are clusters, -1 for none, ``[B]``, on the CPU.
 
@@ -271,11 +271,12 @@ def nearest_concepts(
         weight: The channel's weights before the split, ``[I, k]``.
         outputs: The channel's outputs, ``[B, P]``.
         split: With centres.
+        channel: A channel of ``layer`` that reads what the split one reads.
     """
     centres, floors = split.centres, split.floors
     if centres is None or floors is None:
         raise InputError("Expected a split of clusters, but got one of classes, which needs targets.")
-    added = source_contributions(layer, inputs, weight.to(inputs), split.channel)
+    added = source_contributions(layer, inputs, weight.to(inputs), channel)
     similarities = outputs.new_full((len(outputs), len(floors)), -torch.inf)
     for number, (sign, floor) in enumerate(zip(split.signs(), floors, strict=True)):
         signed = sign * outputs

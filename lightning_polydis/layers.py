@@ -317,7 +317,8 @@ def _relevances_of(
 ) -> Tensor:
     """``[n, I]`` of some channels of each image: gradient ``[B, C, P]``, weights ``[k, C, I]``."""
     together, groups = torch.cat(channels), group_count(layer)
-    is_all = torch.equal(together, torch.arange(gradient.shape[1], device=together.device))
+    # Of one image: several may share all channels between them.
+    is_all = len(channels) == 1 and torch.equal(together, torch.arange(gradient.shape[1], device=together.device))
     own = [part if is_all else part[wanted] for part, wanted in zip(gradient, channels, strict=True)]
     total = gradient.new_zeros(len(together), by_offset.shape[2])
     for reads, weight in zip(_inputs_by_offset(layer, inputs), by_offset, strict=True):

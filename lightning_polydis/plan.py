@@ -179,6 +179,12 @@ class SplitPlan:
         return SplitPlan([ChannelSplit.from_json(split) for split in content["splits"]])
 
 
+def of_one_kind(plan: SplitPlan, *, of_clusters: bool) -> SplitPlan:
+    """The plan, or of one that splits some channels by classes and some by clusters those of one kind."""
+    own = [split for split in plan if (split.centres is not None) == of_clusters]
+    return SplitPlan(own) if own else plan
+
+
 def checked_plan(plan: Any) -> SplitPlan:
     """Raise `ValueError` unless this is a plan, and say where one is."""
     if isinstance(plan, SplitPlan):

@@ -74,7 +74,8 @@ class _SplitLayer(StructuredModule, Generic[Layer]):
         centres = [own if split.centres is None else split.centres for split, own in zip(splits, unknown, strict=True)]
         floors = [floor for split in splits for floor in split.floors or [math.nan] * len(split.concepts)]
         self.register_buffer("concept_centres", torch.cat(centres).to(device))
-        self.register_buffer("concept_floors", torch.tensor(floors, dtype=torch.float32, device=device))
+        # As bits, which stay what they are in a layer of half precision, whose largest number is far too small.
+        self.register_structure("concept_floors", torch.tensor(floors, device=device).float().view(torch.int32))
 
     def _most_extra(self) -> int:
         """Appended channels of each group: as many as the group that needs most of them has."""
@@ -381,7 +382,8 @@ def stored_splits(buffers: Mapping[str, Tensor], layer_name: str) -> list[Channe
         concepts[row].append(label)
     memberships = buffers["membership"].float().cpu().split(counts)
     directions: list[int] = buffers["concept_directions"].tolist()
-    centres, floors = (buffers.get(name) for name in ("concept_centres", "concept_floors"))
+    centres, bits = (buffers.get(name) for name in ("concept_centres", "concept_floors"))
+    floors = None if bits is None else bits.cpu().view(torch.float32)
     splits, first = [], 0
     for channel, membership, rho in zip(
         buffers["channels"].tolist(), memberships, buffers["rho"].tolist(), strict=True

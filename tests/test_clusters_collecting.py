@@ -128,7 +128,6 @@ def test_images_that_come_late_displace_weaker_ones_and_keep_their_own_vectors()
         torch.testing.assert_close(lists.vectors[lists.rows(side)].double(), units, rtol=2e-3, atol=1e-3)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="layers._relevances_of takes these for all of one image")
 def test_two_images_that_share_all_channels_between_them():
     """The first enters the lists of channels 0 and 1, the second those of 2 and 3."""
     layer = nn.Linear(4, 4, bias=False)

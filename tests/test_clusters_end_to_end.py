@@ -332,7 +332,6 @@ def test_the_split_network_is_judged_as_the_network_before(planted, report, imag
     assert min(figures(before, "n_own")) > 0
 
 
-@pytest.mark.xfail(strict=True, reason="evaluation.nearest_concepts is given the channel of the layer before the split")
 def test_a_split_grouped_convolution_is_judged_as_before(images):
     net = PlantedNet(groups=2).eval()
     report = find(net, class_batches())
@@ -561,8 +560,7 @@ def same_findings(found, expected):
     assert len(one) > 0
 
 
-@pytest.mark.parametrize("loop", ["validate", "test"])
-@pytest.mark.parametrize("layers", ["net.mix", None])
+@pytest.mark.parametrize(("loop", "layers"), [("validate", "net.mix"), ("test", None)])
 def test_the_loops_find_what_the_plain_function_finds(loop, layers, tmp_path):
     module, callback = Autoencoder(), callback_for(layers)
     getattr(make_trainer(tmp_path, callback), loop)(module, planted_loader(), verbose=False)
@@ -581,8 +579,9 @@ class Noisy(PlantedNet):
         return super().forward(images + 0.01 * torch.randn_like(images))
 
 
-@pytest.mark.parametrize("loop", ["fit", "validate", "test"])
-@pytest.mark.parametrize("layers", ["net.mix", None])
+@pytest.mark.parametrize(
+    ("loop", "layers"), [("fit", "net.mix"), ("fit", None), ("validate", None), ("test", "net.mix")]
+)
 def test_losses_and_metrics_are_bit_for_bit_those_without_the_callback(loop, layers, tmp_path):
     results, weights, draws = [], [], []
     for callbacks in ([], [callback_for(layers)]):

@@ -132,7 +132,6 @@ def directions(n_inputs, draw):
     ("kind", "n_inputs", "mean"),
     [
         ("isotropic", 32, 0.0),
-        ("isotropic", 8, 2.0),
         ("elongated", 8, 2.0),
         ("low rank", 8, 4.0),
         ("low rank", 32, 2.0),

@@ -125,9 +125,11 @@ class ClusterEvidence:
     def _completed(self, found: PolysemanticChannel) -> PolysemanticChannel:
         """What was found, with the classes that fill each concept and the least stability of the channel's sides."""
         own = self.members(found.channel)
-        rows = [torch.cat([own.rows[number] for number in concept]) for concept in found.concepts]
+        concepts = _of_one_side(found.concepts, own)
+        rows = [torch.cat([own.rows[number] for number in concept]) for concept in concepts]
         stability = min(self.clusters[side].stability for side in own.sides)
-        return replace(found, contents=[_contents(self.lists.labels[part]) for part in rows], stability=stability)
+        contents = [_contents(self.lists.labels[part]) for part in rows]
+        return replace(found, concepts=concepts, contents=contents, stability=stability)
 
     def members(self, channel: int) -> Members:
         """The clusters of a channel; none if it has not several on any side."""
@@ -238,6 +240,14 @@ class ClusterEvidence:
         rows = [torch.cat([own.rows[number] for number in concept]).sort().values for concept in found.concepts]
         places = [self._places(self.lists.images[part])[:MAX_DESCRIBED] for part in rows]
         return [_described(describe, pictures[part]) for part in places]
+
+
+def _of_one_side(concepts: list[list[int]], own: Members) -> list[list[int]]:
+    """The same concepts, apart where clusters of both sides are in one: it would have no direction."""
+    parts = [
+        [number for number in concept if own.sides[number] == side] for concept in concepts for side in set(own.sides)
+    ]
+    return sorted(part for part in parts if part)
 
 
 def _described(describe: Callable[[Tensor], str], pictures: Tensor) -> str:
