@@ -11,7 +11,8 @@ layers are all alike. The classes are halved at random, so that channels that we
 classes as well: flagging one of those is a mistake. Both methods with their default thresholds, and
 ``concepts="clusters"``, which is shown no classes.
 
-* precision, recall: of the merged channels, among those that are candidates (for clusters: among all);
+* precision, recall: of the merged channels, among those that are candidates (for clusters: that answer to two of their
+  classes, to one at least half as strongly as to the other);
 * concepts: share of the found ones whose concepts are those that were merged, one for each;
 * correlation: between a concept channel's activation and its original's, over all positions of held-out images.
 
@@ -328,7 +329,20 @@ def _correlations(planted: Planted, plan: SplitPlan, images: Tensor) -> Iterator
         yield both.flatten(1).corrcoef().nan_to_num()[: len(rows), len(rows) :]
 
 
-def score_clusters(planted: Planted, report: PolysemanticityReport, images: Tensor) -> Score:
+@torch.no_grad()
+def balanced(planted: Planted, images: Tensor, targets: Tensor) -> set[int]:
+    """Merged channels that answer to two of their classes, to one of them at least half as strongly as to the other."""
+    units = F.relu(planted.model.units(planted.model.sources(planted.model.trunk(images)))).mean((2, 3))
+    used = set()
+    for channel, group in enumerate(planted.members):
+        labels = {unit // UNITS_PER_CLASS for unit in group}
+        means = sorted(float(units[targets == label, channel].mean()) for label in labels)
+        if len(means) > 1 and means[-2] >= means[-1] / 2:
+            used.add(channel)
+    return used
+
+
+def score_clusters(planted: Planted, report: PolysemanticityReport, used: set[int], images: Tensor) -> Score:
     """As `score`, for clusters, which are matched with the units that they are most like."""
     merged = {channel for channel, group in enumerate(planted.members) if len(group) > 1}
     found = {channel.channel for channel in report.channels}
@@ -340,7 +354,7 @@ def score_clusters(planted: Planted, report: PolysemanticityReport, images: Tens
             right.append(correlations.shape[0] == correlations.shape[1])
     return Score(
         len(found & merged) / max(len(found), 1),
-        len(found & merged) / max(len(merged), 1),
+        len(found & used) / max(len(used), 1),
         float(np.mean(right)) if right else float("nan"),
         correlation,
     )
@@ -380,6 +394,7 @@ def measure(task: Task, seed: int, in_common: float) -> dict[str, Score]:
         find_polysemantic_channels(
             planted.model, unlabelled, LAYER, concepts="clusters", calibration_samples=None, progress=False
         ),
+        balanced(planted, images, targets),
         others,
     )
     print(

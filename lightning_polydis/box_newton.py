@@ -17,6 +17,9 @@ SHORTEST_STEP = 2.0**-30
 MOSTLY_FREE = 0.8
 """Part of the variables from which on a system of all of them is solved: the others' rows are those of the identity."""
 
+LENGTHENING = 4
+"""How much more of a step is tried than was gone of the last one."""
+
 WORTH_COPYING = 0.4
 """Part of the problems up to which they are copied out to go on with them alone: a copy costs two readings."""
 
@@ -100,7 +103,8 @@ def minimise_in_box(problem: HingedLeastSquares, tolerance: float = TOLERANCE) -
     first: Tensor | None = None
     open_ = torch.arange(n_problems, device=values.device)
     moved = torch.ones_like(open_, dtype=torch.bool)  # what rounding keeps from moving is done
-    n_steps, length = 0, 1.0
+    lengths = torch.ones_like(optimality)  # parts of the last step that were gone
+    n_steps = 0
     for n_steps in range(MAX_STEPS + 1):
         current = values[open_]
         errors = problem.errors(current)
@@ -117,9 +121,9 @@ def minimise_in_box(problem: HingedLeastSquares, tolerance: float = TOLERANCE) -
             current, errors, gradient, projected = (part[going] for part in (current, errors, gradient, projected))
             going = going[going]
         step = _newton_step(problem.curvature(errors), projected)
-        reached, length = _shortened(
-            problem, current, gradient, step, problem.loss(errors), going, min(1.0, 8 * length)
-        )
+        first_tried = (LENGTHENING * lengths[open_]).clamp(max=1)
+        reached, gone = _shortened(problem, current, gradient, step, problem.loss(errors), going, first_tried)
+        lengths[open_] = gone
         moved = (reached != current).any(1)
         values[open_] = reached
     return BoxSolution(values, optimality, n_steps)
@@ -161,18 +165,25 @@ def _shortened(
     step: Tensor,
     loss: Tensor,
     going: Tensor,
-    length: float,
-) -> tuple[Tensor, float]:
+    lengths: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Go along the step, bent at the bounds, as far as the loss falls sufficiently; only where it is ``going``.
 
+    Args:
+        problem: The problems.
+        start: Where they are, ``[Q, I]``.
+        gradient: There, ``[Q, I]``.
+        step: ``[Q, I]``.
+        loss: At the start, ``[Q]``.
+        going: Which of them are to go on, ``[Q]``, boolean.
+        lengths: The part of the step that is tried first, ``[Q]``: from one step to the next it changes little.
+
     Returns:
-        Where that leads, and the largest part of a step that was gone. The first part to be tried is ``length``; from
-        one step to the next it changes little.
+        Where that leads, ``[Q, I]``, and the parts of the step that were gone, ``[Q]``.
     """
-    reached, todo = start.clone(), going.nonzero()[:, 0]
-    gone = 0.0
-    while len(todo) and length >= SHORTEST_STEP:
-        tried = (start + length * step).clamp(0, 1)
+    reached, todo, lengths = start.clone(), going.nonzero()[:, 0], lengths.clone()
+    while len(todo):
+        tried = (start + lengths[:, None] * step).clamp(0, 1)
         expected = (gradient * (tried - start)).sum(1)
         few = len(todo) <= len(start) * WORTH_COPYING
         part, those = (problem[todo], todo) if few else (problem, slice(None))
@@ -180,7 +191,8 @@ def _shortened(
         allowed = loss + SUFFICIENT_DECREASE * expected
         falls[those] = part.loss(part.errors(tried[those])) < allowed[those]
         done = todo[falls[todo]]
-        gone = gone or length * bool(len(done))
         reached[done] = tried[done]
-        todo, length = todo[~falls[todo]], length / 2
-    return reached, gone or length
+        todo = todo[~falls[todo]]
+        lengths[todo] /= 2
+        todo = todo[lengths[todo] >= SHORTEST_STEP]
+    return reached, lengths

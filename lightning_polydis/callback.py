@@ -59,7 +59,9 @@ class ChannelDisentanglement(Callback):
             ``"optimized"``.
         method: ``"optimized"``: relevance vectors that go by each class's own logit, and soft membership of sources,
             solved for. ``"paper"``: the rules of the paper.
-        concepts: ``"classes"``: concepts are groups of classes.
+        concepts: ``"classes"``: concepts are groups of classes. ``"clusters"``: they are clusters of the images that
+            activate a channel most, by which sources make it fire; neither targets nor logits nor gradients are needed.
+            Relevance threshold, class fraction and attribution then mean nothing.
         leak_weight: How much a concept channel that answers to other concepts weighs against one that differs from
             the original on its own images, above 0. For ``method="optimized"``.
         attribution: What decides which channels are relevant: ``"gradient_x_input"``, or a zennit composite or the name
@@ -82,6 +84,8 @@ class ChannelDisentanglement(Callback):
         target_fn: Batch -> class indices ``[B]``. `None`: ``batch[1]``, or ``batch["label"]``, ``"labels"``,
             ``"target"``, ``"targets"`` or ``"y"``.
         logits_fn: Network output -> logits ``[B, K]``. `None`: the tensor itself, ``.logits`` or ``["logits"]``.
+        describe_fn: Names a cluster for the reports, from its strongest images ``[n, 3, h, w]``, ``uint8``: a
+            captioning model, for instance. `None`: the classes that fill it, or a number.
         denormalize: What makes pictures in [0, 1] of the images, for the reports: a function on ``[n, C, H, W]``, or
             mean and standard deviation of each colour. `None`: those of the data set's transforms, if it has such.
         dirpath: Where ``report.json``, ``report.html`` and ``split_plan.json`` go. `None`: the logger's directory (no

@@ -7,7 +7,6 @@ have got without them; what the network does between layer and logits carries gr
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from lightning_polydis._checks import InputError
 from lightning_polydis.forward import (
     CallStack,
+    Onlooker,
     PassDone,
     default_logits,
     detached,
@@ -28,7 +28,7 @@ from lightning_polydis.layers import at_least_single, channels_are_last, is_fini
 from lightning_polydis.logits import LogitsError, are_normalised, checked_logits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch.utils.hooks import RemovableHandle
 
@@ -56,7 +56,7 @@ class LayerRecord:
     gradient: Tensor
 
 
-class RelevanceCollector:
+class RelevanceCollector(Onlooker):
     """Gradient x input relevances of some layers, taken from one forward pass that somebody else makes.
 
     ``start`` puts hooks on the network, then the forward pass is made, then ``finish`` takes them off and returns
@@ -92,8 +92,6 @@ class RelevanceCollector:
     """
 
     _recording: ClassVar[list[RelevanceCollector]] = []  # all that are between layer and logits, outermost first
-    _alone: ClassVar[RelevanceCollector | None] = None  # the only one to look, while a pass is made again for it
-    _going_back: ClassVar[bool] = False  # a backward pass is on its way; gradient checkpointing runs modules in it
 
     def __init__(
         self,
@@ -201,18 +199,6 @@ class RelevanceCollector:
         self.close()
         self.logits = None
         self.__dict__.pop("_stack", None)  # it refers to this collector, and so to the network
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Let no other collector see the passes that are made meanwhile."""
-        RelevanceCollector._alone = self
-        try:
-            yield
-        finally:
-            RelevanceCollector._alone = None
-
-    def _is_shut_out(self) -> bool:
-        return self._going_back or self._alone not in (None, self)
 
     def _leave_recording(self) -> None:
         if self in self._recording:
@@ -362,7 +348,7 @@ class RelevanceCollector:
 
     @staticmethod
     def _backward(score: Tensor, kept: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor | None]:
-        RelevanceCollector._going_back = True
+        Onlooker._going_back = True
         try:
             return torch.autograd.grad(score, kept, allow_unused=True, retain_graph=retain_graph)
         except RuntimeError as error:
@@ -370,7 +356,7 @@ class RelevanceCollector:
                 raise InputError(REENTRANT_HINT) from error
             raise
         finally:
-            RelevanceCollector._going_back = False
+            Onlooker._going_back = False
 
     def _products(self, name: str, output: Tensor, gradient: Tensor) -> Tensor:
         # Sums over positions exceed the range of half precision.

@@ -279,7 +279,7 @@ def nearest_concepts(
     added = source_contributions(layer, inputs, weight.to(inputs), channel)
     similarities = outputs.new_full((len(outputs), len(floors)), -torch.inf)
     for number, (sign, floor) in enumerate(zip(split.signs(), floors, strict=True)):
-        signed = sign * outputs
+        signed = sign * (outputs - split.zero)
         vectors = sign * (added * (signed > 0)[..., None]).sum(1).to(outputs)
         likeness = F.normalize(vectors, dim=1) @ centres[number].to(outputs)
         enough = signed.clamp(min=0).sum(1) >= floor

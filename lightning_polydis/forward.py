@@ -8,7 +8,7 @@ from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from types import MethodType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -41,6 +41,25 @@ HOOKS = (
 
 class PassDone(BaseException):
     """Stops a step that is made for its forward pass alone. No `Exception`, so that no step catches it."""
+
+
+class Onlooker:
+    """Whoever looks at passes that somebody else makes; several may look at one."""
+
+    _alone: ClassVar[Onlooker | None] = None  # the only one to look, while a pass is made again for it
+    _going_back: ClassVar[bool] = False  # a backward pass is on its way; gradient checkpointing runs modules in it
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no other onlooker see the passes that are made meanwhile."""
+        Onlooker._alone = self
+        try:
+            yield
+        finally:
+            Onlooker._alone = None
+
+    def _is_shut_out(self) -> bool:
+        return Onlooker._going_back or Onlooker._alone not in (None, self)
 
 
 def path_to(name: str) -> list[str]:

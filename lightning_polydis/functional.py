@@ -36,12 +36,14 @@ def find_polysemantic_channels(
 ) -> PolysemanticityReport:
     """Find the polysemantic channels of a network.
 
-    One pass over the data; each forward pass is followed by one backward pass from the logits to the layers. The
-    network runs in evaluation mode and is left as it was.
+    One pass over the data; each forward pass is followed by one backward pass from the logits to the layers, but not
+    with ``concepts="clusters"``, which needs neither targets nor logits. The network runs in evaluation mode and is
+    left as it was.
 
     Args:
         model: The network, called as ``model(inputs)``.
-        batches: Any iterable of ``(inputs, targets)``, a ``DataLoader`` for instance.
+        batches: Any iterable of ``(inputs, targets)``, a ``DataLoader`` for instance. For clusters ``(inputs,)`` will
+            do: targets that are classes only name them.
         layers: Name or names from ``model.named_modules()``; `None`: see `AnalysisSettings`.
         device: Where to run; `None`: where the network's parameters are.
         progress: Show a progress bar.
@@ -89,7 +91,8 @@ def evaluate_splits(
     Args:
         model: The network, split or not; called as ``model(inputs)``, left as it was.
         plan: The splits to judge; the same channel may appear more than once.
-        batches: Any iterable of ``(inputs, targets)``.
+        batches: Any iterable of ``(inputs, targets)``. For a plan of clusters ``(inputs,)`` will do: targets, and all
+            arguments from ``relevance_threshold`` on, are not looked at.
         device: Where to run; `None`: where the network's parameters are.
         progress: Show a progress bar.
         relevance_threshold: When a channel is relevant for an image, in (0, 1]; all as in `AnalysisSettings`.
@@ -164,8 +167,8 @@ def _inputs_of(batch: Any) -> Any:
     if not isinstance(batch, Sequence) or isinstance(batch, str) or not len(batch):
         raise InputError(
             f"Expected each batch to be (inputs, targets), but got `{type(batch).__name__}`. Turn yours into pairs: "
-            "`((batch['image'], batch['label']) for batch in loader)`, or use the callback, which takes what "
-            "`validation_step` takes."
+            "`((batch['image'], batch['label']) for batch in loader)` (for clusters `(inputs,)` will do), or use the "
+            "callback, which takes what `validation_step` takes."
         )
     return batch[0]
 

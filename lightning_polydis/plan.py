@@ -33,6 +33,8 @@ class ChannelSplit:
             on the images of each, scaled to unit length, ``[K, I]``, ``float32``. ``concepts`` then holds numbers of
             clusters. `None` where concepts are groups of classes.
         floors: With ``centres``, the activation from which on an image belongs to a concept at all, ``K`` numbers.
+        zero: With ``centres``, the output above which the channel is on; not 0 where a batch norm shifts the output
+            before it is rectified.
 
     Raises:
         ValueError: If there are fewer than two concepts or the membership, directions or centres do not fit them.
@@ -46,6 +48,7 @@ class ChannelSplit:
     directions: list[int] | None = None
     centres: Tensor | None = None
     floors: list[float] | None = None
+    zero: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.concepts) < 2:
@@ -103,6 +106,7 @@ class ChannelSplit:
             "directions": self.directions,
             "centres": None if self.centres is None else self.centres.tolist(),
             "floors": self.floors,
+            "zero": self.zero,
         }
 
     def signs(self) -> list[int]:
@@ -121,6 +125,7 @@ class ChannelSplit:
             content.get("directions"),
             None if content.get("centres") is None else torch.tensor(content["centres"], dtype=torch.float32),
             content.get("floors"),
+            content.get("zero", 0.0),
         )
 
 

@@ -176,14 +176,12 @@ def judge_splits(evidence: LayerEvidence | ClusterEvidence, splits: Sequence[Cha
         places.setdefault(evidence.of_channel(split.channel), []).append(place)
     found: dict[int, SplitQuality] = {}
     for view, own in places.items():
-        found |= dict(zip(own, _judged(view, [splits[place] for place in own]), strict=False))
+        if view.judged_on is not None:
+            found |= dict(zip(own, _judged(view, view.judged_on, [splits[place] for place in own]), strict=True))
     return [found[place] for place in sorted(found)]
 
 
-def _judged(evidence: LayerEvidence, splits: Sequence[ChannelSplit]) -> list[SplitQuality]:
-    held_out = evidence.judged_on
-    if held_out is None:
-        return []
+def _judged(evidence: LayerEvidence, held_out: Samples, splits: Sequence[ChannelSplit]) -> list[SplitQuality]:
     evaluator = SplitEvaluator(splits)
     for start in range(0, len(held_out), SAMPLES_PER_STEP):
         part = held_out[start : start + SAMPLES_PER_STEP]

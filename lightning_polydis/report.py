@@ -245,7 +245,8 @@ class PolysemanticityReport:
         n_images = self._evidence[layer].of_channel(channel).statistics.n_images
         for label in (class_a, class_b):
             if self.has_clusters and not 0 <= label < len(n_images):
-                raise InputError(f"Expected one of the {len(n_images)} clusters of channel {channel}, but got {label}.")
+                known = f"one of its clusters, 0 to {len(n_images) - 1}" if len(n_images) else "a channel with clusters"
+                raise InputError(f"Expected {known}, but got {label} for channel {channel}, which has {len(n_images)}.")
             if not 0 <= label < len(n_images) or n_images[label] == 0:
                 raise InputError(f"Expected a class that has images, but got {label}.")
 
@@ -285,12 +286,12 @@ class PolysemanticityReport:
 
     def _names_of(self, found: PolysemanticChannel) -> list[str]:
         evidence = None if self._evidence is None else self._evidence[found.layer]
-        described = evidence.described(found) if isinstance(evidence, ClusterEvidence) else None
-        if described is not None:
-            return described
-        if found.contents is not None:
-            return [cluster_name(number, own, self.label) for number, own in enumerate(found.contents, start=1)]
-        return [", ".join(map(self.label, concept)) for concept in found.concepts]
+        if found.contents is None:
+            return [", ".join(map(self.label, concept)) for concept in found.concepts]
+        names = [cluster_name(number, own, self.label) for number, own in enumerate(found.contents, start=1)]
+        if not isinstance(evidence, ClusterEvidence):
+            return names
+        return [text or name for text, name in zip(evidence.described(found), names, strict=True)]
 
     def scalars(self) -> dict[str, float]:
         """Figures to log: ``polydis/<layer>/<figure>``."""

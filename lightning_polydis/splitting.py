@@ -74,8 +74,8 @@ class _SplitLayer(StructuredModule, Generic[Layer]):
         centres = [own if split.centres is None else split.centres for split, own in zip(splits, unknown, strict=True)]
         floors = [floor for split in splits for floor in split.floors or [math.nan] * len(split.concepts)]
         self.register_buffer("concept_centres", torch.cat(centres).to(device))
-        # As bits, which stay what they are in a layer of half precision, whose largest number is far too small.
-        self.register_structure("concept_floors", torch.tensor(floors, device=device).float().view(torch.int32))
+        self.register_structure("concept_floors", _bits(floors, device))
+        self.register_structure("channel_zeros", _bits([split.zero for split in splits], device))
 
     def _most_extra(self) -> int:
         """Appended channels of each group: as many as the group that needs most of them has."""
@@ -236,6 +236,16 @@ class _SplitLayer(StructuredModule, Generic[Layer]):
         return f"split_channels={self.channels.tolist()}"
 
 
+def _bits(values: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers as their bits, which stay what they are in a layer of half precision, whose largest one is too small."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(torch.int32)
+
+
+def _numbers(bits: Tensor | None) -> list[float] | None:
+    """What `_bits` has made, to nine digits."""
+    return None if bits is None else [float(f"{value:.9g}") for value in bits.cpu().view(torch.float32).tolist()]
+
+
 def _integers(values: Sequence[Any], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.long, device=device)
 
@@ -382,9 +392,10 @@ def stored_splits(buffers: Mapping[str, Tensor], layer_name: str) -> list[Channe
         concepts[row].append(label)
     memberships = buffers["membership"].float().cpu().split(counts)
     directions: list[int] = buffers["concept_directions"].tolist()
-    centres, bits = (buffers.get(name) for name in ("concept_centres", "concept_floors"))
-    floors = None if bits is None else bits.cpu().view(torch.float32)
-    splits, first = [], 0
+    centres = buffers.get("concept_centres")
+    floors, zeros = (_numbers(buffers.get(name)) for name in ("concept_floors", "channel_zeros"))
+    splits: list[ChannelSplit] = []
+    first = 0
     for channel, membership, rho in zip(
         buffers["channels"].tolist(), memberships, buffers["rho"].tolist(), strict=True
     ):
@@ -392,9 +403,9 @@ def stored_splits(buffers: Mapping[str, Tensor], layer_name: str) -> list[Channe
         ratio = None if math.isnan(rho) else round(rho, 6)  # NaN marks a split without a ratio, 0 one without a sign
         signs = directions[first:last] if all(directions[first:last]) else None
         split = ChannelSplit(layer_name, channel, concepts[first:last], membership, ratio, signs)
-        if centres is not None and floors is not None and not bool(floors[first:last].isnan().any()):
+        if centres is not None and floors and zeros and not math.isnan(floors[first]):
             own = centres[first:last].float().cpu()
-            split = replace(split, centres=own, floors=[float(f"{floor:.9g}") for floor in floors[first:last].tolist()])
+            split = replace(split, centres=own, floors=floors[first:last], zero=zeros[len(splits)])
         splits.append(split)
         first = last
     return splits

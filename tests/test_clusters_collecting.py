@@ -1,19 +1,23 @@
 """The strongest images of each channel, streamed; layer inputs within a memory; what a layer shows while it runs."""
 
 import copy
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from lightning_polydis.analyses import analysis_for
 from lightning_polydis.batches import labels_of
+from lightning_polydis.clusters import watching
 from lightning_polydis.clusters.analysis import MAX_IMAGES, ClusterAnalysis
 from lightning_polydis.clusters.evidence import _contents
 from lightning_polydis.clusters.pool import InputPool
 from lightning_polydis.clusters.top_images import FREE, TopImages, sides_of
-from lightning_polydis.clusters.watching import LayerWatcher
+from lightning_polydis.clusters.watching import LayerWatcher, Use
 from lightning_polydis.forward import PassDone
 from lightning_polydis.layers import channel_count, find_layer, inputs_per_channel, sources_of
 from lightning_polydis.settings import AnalysisSettings
@@ -51,9 +55,14 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def _use(signs):
+    """Used in these directions, without a shift."""
+    return None if signs is None else Use(torch.tensor(signs).double(), torch.zeros(len(signs)).double())
+
+
 def collected(layer, inputs, limit, batch_size=7, signs=None, labels=None):
     """Batch by batch, as the analysis does."""
-    top = TopImages(sides_of(channel_count(layer), signs), inputs_per_channel(layer), limit)
+    top = TopImages(sides_of(channel_count(layer), _use(signs)), inputs_per_channel(layer), limit)
     numbers = torch.arange(len(inputs)) * 3 + 1
     labels = torch.full((len(inputs),), -1) if labels is None else labels
     with torch.no_grad():
@@ -464,7 +473,8 @@ def test_what_reads_the_layer_tells_in_which_direction_its_channels_are_used(res
         assert rehearsal
     assert torch.is_grad_enabled()
     seen = watcher.finish()["conv"]
-    signs = watcher.signs["conv"]
+    use = watcher.uses["conv"]
+    signs = None if use is None else use.signs()
     assert (None if signs is None else signs.tolist()) == expected
     assert torch.equal(seen.inputs, x)
     torch.testing.assert_close(seen.outputs, net.conv(x), msg="an in-place function overwrote it")
@@ -473,6 +483,25 @@ def test_what_reads_the_layer_tells_in_which_direction_its_channels_are_used(res
 
 def residual(self, x):
     return self.rest(x + 1) + x
+
+
+def zeroed(self, x):
+    x[:, 0] = 0
+    return x.relu()
+
+
+def overwritten(self, x):
+    rectified = F.relu(x, inplace=True)
+    return x.tanh() + rectified - x
+
+
+def normed(self, x):
+    return F.batch_norm(x, torch.zeros(4), torch.ones(4), torch.tensor(TURNED))
+
+
+def looked_at(self, x):
+    assert (x.shape, x.device.type, x.dtype, x.is_contiguous(), len(x)) == ((2, 4, 6, 6), "cpu", x.dtype, True, 2)
+    return x.relu()
 
 
 FUNCTIONS = {
@@ -486,6 +515,21 @@ FUNCTIONS = {
     "GELU": (lambda self, x: F.gelu(x), [1] * 4),
     "after a look at its shape": (lambda self, x: x.view(x.shape).relu() if x.ndim == 9 else x.relu(), [1] * 4),
     "leaky": (lambda self, x: F.leaky_relu(x), None),
+    "both directions": (lambda self, x: torch.cat([x.relu(), (-x).relu()], 1)[:, 2:6], None),
+    "beside itself": (lambda self, x: x.relu() + x, None),
+    "beside itself by name": (lambda self, x: torch.add(x.relu(), other=x), None),
+    "before and after": (lambda self, x: x.tanh() + x.relu(), None),
+    "twice": (lambda self, x: x.relu() + F.gelu(x), [1] * 4),
+    "behind batch norm and without": (lambda self, x: normed(self, x).relu() + x.relu(), None),
+    "behind batch norm, beside itself": (lambda self, x: normed(self, x).relu() + x, None),
+    "behind batch norm, beside that": (lambda self, x: (y := normed(self, x)).relu() + y, None),
+    "behind batch norm twice": (lambda self, x: normed(self, x).relu() + F.silu(normed(self, x)), [1, -1, 1, -1]),
+    "batch norm that nobody reads": (lambda self, x: (normed(self, x), x.relu())[1], None),
+    "after it was overwritten": (overwritten, [1] * 4),
+    "in place, by something else": (lambda self, x: F.leaky_relu(x, 0.1, True).relu(), None),
+    "partly zeroed": (zeroed, None),
+    "after looks at its properties": (looked_at, [1] * 4),
+    "handed on": (lambda self, x: F.dropout(x.contiguous(), 0.5, False).relu(), [1] * 4),
     "pooled": (lambda self, x: F.max_pool2d(x, 2).relu(), None),
 }
 
@@ -494,10 +538,130 @@ FUNCTIONS = {
 def test_functions_tell_as_much_as_modules(read, expected):
     net, x = Reading(nn.ReLU(), read), noise(2, 3, 6, 6)
     watcher, seen, _ = watched(net, x, "conv")
-    signs = watcher.signs["conv"]
+    use = watcher.uses["conv"]
+    signs = None if use is None else use.signs()
     assert (None if signs is None else signs.tolist()) == expected
     with torch.no_grad():
         torch.testing.assert_close(seen["conv"].outputs, net.conv(x))
+
+
+def late(self, x):
+    y = self.rest(x)
+    for _ in range(3):
+        y = y * 0.5
+    return y + x
+
+
+@pytest.mark.parametrize("rehearsal", [False, True])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_somebody_who_reads_the_output_much_later_counts_too(context, rehearsal):
+    net = Reading(nn.ReLU(), late)
+    watcher = LayerWatcher(net, {"conv": net.conv})
+    watcher.start(rehearsal=rehearsal)
+    with context(), suppress(PassDone):
+        net(noise(2, 3, 6, 6))
+    watcher.finish()
+    assert watcher.uses["conv"] is None
+
+
+def test_in_inference_mode_readers_are_seen_too():
+    for read, expected in ((looked_at, [1] * 4), (FUNCTIONS["in place, by something else"][0], None), (zeroed, None)):
+        net = Reading(nn.ReLU(), read)
+        watcher = LayerWatcher(net, {"conv": net.conv})
+        watcher.start()
+        with torch.inference_mode():
+            net(noise(2, 3, 6, 6))
+        watcher.finish()
+        use = watcher.uses["conv"]
+        signs = None if use is None else use.signs()
+        assert (None if signs is None else signs.tolist()) == expected
+
+
+def test_a_batch_norm_of_something_else_than_channels_disturbs_nobody():
+    """Without a batch dimension ``[C, L]`` looks like ``[B, C]``."""
+    net = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(6).eval(), nn.ReLU())
+    watcher, _, output = watched(net, noise(3, 6), "0")
+    assert watcher.uses["0"] is None
+    with torch.no_grad():
+        assert torch.equal(output, net(noise(3, 6)))
+
+
+def test_what_goes_wrong_in_looking_at_readers_is_told_after_the_pass(monkeypatch):
+    def fail(values):
+        raise OSError("on purpose")
+
+    monkeypatch.setattr(watching, "_wide", fail)
+    net = Reading(nn.Sequential(norm(*TURNED), nn.ReLU()))
+    watcher = LayerWatcher(net, {"conv": net.conv})
+    watcher.start()
+    net(noise(2, 3, 6, 6))
+    with pytest.raises(OSError, match="on purpose"):
+        watcher.finish()
+    assert watcher.uses["conv"] is None
+    assert torch._C._len_torch_function_stack() == n_hooks(net) == 0
+
+
+def test_another_default_device_does_not_matter():
+    net, x = Reading(nn.Sequential(norm(*TURNED), nn.ReLU())), noise(2, 3, 6, 6)
+    with torch.device("meta"):
+        watcher, _, _ = watched(net, x, "conv")
+    assert watcher.uses["conv"].signs().tolist() == [1, -1, 1, -1]
+    assert watcher.uses["conv"].signs().dtype == torch.long
+    assert torch._C._len_torch_function_stack() == 0
+
+
+class Counting(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(getattr(function, "__name__", ""))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_modes_that_the_network_enters_and_leaves_are_its_own(device):
+    """A mode takes off the top one when it is left, whatever that is."""
+    inner, outer, early = Counting(), Counting(), Counting()
+
+    def around_the_layer(self, x):
+        with outer:
+            x = self.conv(x)
+        with torch.device("cpu") if device else nullcontext(), inner:
+            x = self.rest(x)
+        return x
+
+    class Entering(Reading):
+        def forward(self, x):
+            return self.head(around_the_layer(self, x))
+
+    net = Entering(nn.ReLU())
+    watcher = LayerWatcher(net, {"conv": net.conv})
+    with early, torch.device("cpu") if device else nullcontext():
+        watcher.start()
+        net(noise(2, 3, 6, 6))
+        n_modes = torch._C._len_torch_function_stack()
+        watcher.finish()
+        assert torch._C._len_torch_function_stack() == n_modes - 1 == 1 + device
+        torch.ones(1).add(1)
+    assert torch._C._len_torch_function_stack() == 0
+    assert watcher.uses["conv"].signs().tolist() == [1] * 4
+    assert outer.names == ["conv2d"], "not what watching takes"
+    assert inner.names == ["relu"]
+    assert early.names[-1] == "add"
+
+
+def test_two_watchers_of_a_layer_are_no_readers_of_its_output():
+    net = Reading(nn.ReLU())
+    watchers = [LayerWatcher(net, {"conv": net.conv}) for _ in range(2)]
+    for watcher in watchers:
+        watcher.start()
+    net(noise(2, 3, 6, 6))
+    for watcher in watchers:
+        watcher.finish()
+        assert watcher.uses["conv"].signs().tolist() == [1] * 4
+    assert torch._C._len_torch_function_stack() == 0
 
 
 def test_a_batch_norm_over_tokens_says_nothing_about_features():
@@ -508,7 +672,7 @@ def test_a_batch_norm_over_tokens_says_nothing_about_features():
     for n_channels in (3, 5):
         net = nn.Sequential(nn.Linear(4, n_channels), norm, nn.ReLU())
         watcher, _, _ = watched(net, noise(2, 5, 4), "0")
-        assert watcher.signs["0"] is None
+        assert watcher.uses["0"] is None
         analysed(net, [noise(30, 5, 4)], "0")
 
 
@@ -517,7 +681,30 @@ def test_linear_layers_in_front_of_batch_norm_are_turned_too():
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([-1.0, 1, -1]))
     watcher, _, _ = watched(nn.Sequential(nn.Linear(4, 3), norm, nn.ReLU()), noise(2, 4), "0")
-    assert watcher.signs["0"].tolist() == [-1, 1, -1]
+    assert watcher.uses["0"].signs().tolist() == [-1, 1, -1]
+
+
+def test_a_batch_norm_tells_from_where_on_a_channel_is_on():
+    """Before the shift the output is never positive; behind it, half of the time."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval().requires_grad_(False)
+    net[0].bias.fill_(-5.0)
+    net[1].running_mean.fill_(-5.0)
+    net[1].running_var.uniform_(0.5, 2)
+    net[1].weight.copy_(torch.tensor([1.0, -0.5, 2.0, -1.0]))
+    net[1].bias.copy_(torch.tensor([0.1, 0.0, -0.2, 0.3]))
+    x = noise(60, 3, 4, 4)
+    analysis = analysed(net, [x], "0")
+    lists = analysis._lists["0"]
+    outputs, rectified = net[0](x).double().flatten(2), net(x).flatten(2)
+    for side in range(4):
+        assert lists.sides.signs[side] == net[1].weight[side].sign()
+        above = lists.sides.signs[side] * (outputs[:, side] - lists.sides.zero(side))
+        assert torch.equal(above > 1e-5, rectified[:, side] > 1e-5)
+        strengths = above.clamp(min=0).sum(1)
+        rows = lists.rows(side)
+        torch.testing.assert_close(lists.strengths[rows], strengths[lists.images[rows]].float(), rtol=1e-4, atol=1e-4)
+        assert rows.stop - rows.start == int((strengths > 1e-6).sum())
 
 
 def test_only_the_used_direction_of_a_turned_channel_is_collected():
@@ -539,7 +726,7 @@ def test_the_output_of_the_network_is_bit_for_bit_the_same_and_later_passes_too(
         assert output.requires_grad
         assert output.grad_fn.name() == plain.grad_fn.name()
         assert not any(part.requires_grad for one in seen.values() for part in one)
-        assert watcher.signs["2"].tolist() == [1] * 6
+        assert watcher.uses["2"].signs().tolist() == [1] * 6
         assert n_hooks(net) == 0
 
 
@@ -597,8 +784,9 @@ def test_an_exception_in_the_network_leaves_hooks_that_close_takes_off():
     watcher.start()
     with pytest.raises(KeyError, match="the user's own"):
         net(noise(2, 4))
+    assert torch._C._len_torch_function_stack() == 1
     watcher.close()
-    assert n_hooks(net) == 0
+    assert torch._C._len_torch_function_stack() == n_hooks(net) == 0
     assert watcher._outputs == []
 
 
@@ -619,10 +807,10 @@ def test_a_rehearsal_stops_behind_the_layers_and_what_reads_them():
     watcher = LayerWatcher(net, {"0": net[0], "2": net[2]})
     for _ in range(2):
         watcher.start(rehearsal=True)
-        with pytest.raises(PassDone):
+        with pytest.raises(PassDone), torch.no_grad():
             net(noise(2, 4))
         assert list(watcher.finish()) == ["0", "2"]
-        assert watcher.signs["2"].tolist() == [1] * 4
+        assert watcher.uses["2"].signs().tolist() == [1] * 4
     assert ran == ["between"] * 2
     assert n_hooks(net) == 0
 
@@ -744,6 +932,58 @@ def test_release_frees_what_was_kept_and_takes_hooks_off():
     assert len(analysis._pools["2"]) == 0
     assert analysis._top["2"].vectors == []
     assert analysis._top["2"]._kept == {}
+
+
+def classifier():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"layers": None, "concepts": "clusters"}, {"layers": "2", "concepts": "clusters"}),
+        ({"layers": None, "concepts": "classes"}, {"layers": "0", "concepts": "clusters"}),
+        ({"layers": None, "concepts": "clusters"}, {"layers": "0", "concepts": "classes"}),
+    ],
+)
+def test_a_pass_that_is_made_again_is_for_one_analysis_alone(first, second, order):
+    net, batch = classifier(), (noise(40, 8), torch.arange(40) % 3)
+    analyses = [analysis_for(net, AnalysisSettings(**own)) for own in (first, second)][::order]
+    for _ in range(2):
+        for analysis in analyses:
+            analysis.start_batch(batch)
+        with torch.no_grad():
+            net(batch[0])
+        for analysis in analyses:
+            analysis.finish_batch()
+    for analysis in analyses:
+        analysis.gather()
+        assert analysis.compute().n_images == 80
+    assert torch._C._len_torch_function_stack() == n_hooks(net) == 0
+
+
+def test_a_pass_that_fails_when_it_is_made_again_leaves_nothing_behind():
+    class Once(nn.Module):
+        n_calls = 0
+
+        def forward(self, x):
+            self.n_calls += 1
+            if self.n_calls == 2:
+                raise OSError("only once")
+            return x * 1
+
+    net = classifier().insert(4, Once())
+    analysis = ClusterAnalysis(net, settings(None))
+    analysis.start_batch((noise(9, 8),))
+    net(noise(9, 8))
+    with pytest.raises(OSError, match="only once"):
+        analysis.finish_batch()
+    analysis.close()
+    assert torch._C._len_torch_function_stack() == n_hooks(net) == 0
+    other = analysed(net, [noise(9, 8)])
+    assert other.compute().n_images == 9, "nobody is shut out for good"
 
 
 # --------------------------------------------------------------------------------------------------- classes, if any

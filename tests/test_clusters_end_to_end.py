@@ -219,7 +219,15 @@ def test_an_exception_in_the_data_or_the_network_leaves_nothing_behind(planted):
 
         with pytest.raises(OSError, match="the disk is gone"):
             find(net, data())
-        assert n_hooks(net) == 0
+        assert n_hooks(net) == n_modes() == 0
+        with pytest.raises(OSError, match="the disk is gone"):
+            find(net, data(), layers=None)
+        assert n_hooks(net) == n_modes() == 0
+
+
+def test_batches_that_are_no_tuples_are_refused_in_words(planted):
+    with pytest.raises(ValueError, match=r"for clusters `\(inputs,\)` will do"):
+        find(planted, [planted_images(20)[0]])
 
 
 def test_a_linear_layer_of_tokens_does_as_well_as_a_convolution(planted, report):
@@ -385,9 +393,9 @@ def test_pairs_of_clusters_can_be_planned_flagged_or_not(planted, report):
         (("nix", 0, 0, 1), r"Expected an analysed layer \(mix\), but got 'nix'"),
         (("mix", 8, 0, 1), r"Expected a channel in \[0, 8\), but got 8"),
         (("mix", 0, 1, 1), "Expected two different classes, but got 1 twice"),
-        (("mix", 0, 0, 2), "Expected one of the 2 clusters of channel 0, but got 2"),
-        (("mix", 0, -1, 0), "Expected one of the 2 clusters of channel 0, but got -1"),
-        (("mix", 1, 0, 1), "Expected one of the 0 clusters of channel 1, but got 0"),
+        (("mix", 0, 0, 2), "Expected one of its clusters, 0 to 1, but got 2 for channel 0, which has 2"),
+        (("mix", 0, -1, 0), "Expected one of its clusters, 0 to 1, but got -1 for channel 0"),
+        (("mix", 1, 0, 1), "Expected a channel with clusters, but got 0 for channel 1, which has 0"),
     ],
 )
 def test_pairs_that_cannot_be_planned_are_refused_in_words(pair, message, report):
@@ -786,7 +794,7 @@ def test_mistakes_in_descriptions_and_functions_for_targets_end_the_run_in_words
         trainer = make_trainer(tmp_path, callback_for(dirpath=tmp_path, **settings))
         with pytest.raises(MisconfigurationException, match=message):
             trainer.validate(module, planted_loader(), verbose=False)
-        assert n_hooks(module) == 0
+        assert n_hooks(module) == n_modes() == 0
 
 
 class TwoPasses(Autoencoder):
@@ -799,4 +807,20 @@ def test_a_layer_that_runs_twice_in_a_step_is_refused_in_words(tmp_path):
     module = TwoPasses()
     with pytest.raises(MisconfigurationException, match="`net.mix` to run once in each forward pass, but it ran twice"):
         make_trainer(tmp_path, callback_for()).validate(module, planted_loader(), verbose=False)
-    assert n_hooks(module) == 0
+    assert n_hooks(module) == n_modes() == 0
+
+
+def test_clusters_behind_a_shifting_batch_norm_are_found_split_and_judged():
+    """The same channels as without, moved away from 0 and back again by a batch norm."""
+    net = PlantedNet(activation=nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())).eval().requires_grad_(False)
+    net.mix.bias -= 3
+    net.act[0].running_mean.fill_(-3.0)
+    batches = [(part,) for part in planted_images()[0].split(50)]
+    report = find_polysemantic_channels(net, batches, "mix", concepts="clusters", progress=False)
+    assert sorted(found.channel for found in report.channels) == MERGED
+    assert all(split.zero == pytest.approx(-3, abs=1e-2) for split in report.plan)
+    split = disentangle(net, report.plan)
+    assert list(stored_plan(split)) == list(report.plan)
+    assert SplitPlan.from_json(report.plan.to_json()) == report.plan
+    judged = evaluate_splits(split, report.plan, batches, progress=False)
+    assert all(concept.n_own > 20 for quality in judged for concept in quality.concepts)

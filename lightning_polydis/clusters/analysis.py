@@ -43,6 +43,12 @@ if TYPE_CHECKING:
 MAX_IMAGES = 200
 """Images of each side of a channel that are kept at most."""
 
+ROOM = 0.9
+"""Part of the memory for inputs that is used once some had to go, lest some have to go with each batch."""
+
+VECTOR_SHARE = 2
+"""Memory for the strongest images' vectors, over what class-conditional vectors may take."""
+
 RANK_BITS = 40
 """Bits of an image's number that count it; those before name the process."""
 
@@ -78,6 +84,8 @@ class ClusterAnalysis:
         self._top: dict[str, TopImages] = {}
         self._pools: dict[str, InputPool] = {}
         self._image_bytes: dict[str, int] = {}
+        self._lists: dict[str, TopLists] = {}
+        self._pruned: dict[str, int] = {}  # inputs that were left when the pool was last looked through
         self._n_images = self._n_left_out = 0
         self._labels: Tensor | None = None
         self._images: Tensor | None = None
@@ -113,9 +121,10 @@ class ClusterAnalysis:
     def _chosen(self, discovery: LayerDiscovery) -> LayerWatcher:
         """Settle on a layer after the first pass, and make that pass again to see the layer in it."""
         name, call = discovery.finish()
-        watcher = self._watcher_for([name])
+        self._observer = watcher = self._watcher_for([name])  # before the hooks are on, which `close` takes off
         watcher.start()
-        call.replay()
+        with watcher.alone():
+            call.replay()
         return watcher
 
     @property
@@ -171,9 +180,12 @@ class ClusterAnalysis:
     def _make_room(self, name: str) -> None:
         """When inputs take too much memory, let those go whose images are no longer strong, then the less strong."""
         top, pool, limit = self._top[name], self._pools[name], self._most_images(name)
-        if limit is None or len(pool) <= limit:
+        if len(pool) <= (max(MAX_IMAGES, 2 * self._pruned.get(name, 0)) if limit is None else limit):
             return
         pool.keep_only(top.strongest(int(top.depth)))
+        self._pruned[name] = len(pool)
+        if limit is None:
+            return
         while len(pool) > ROOM * limit and top.depth > 1:
             top.depth.fill_(_next_depth(int(top.depth)))
             pool.keep_only(top.strongest(int(top.depth)))
@@ -189,16 +201,12 @@ class ClusterAnalysis:
         # Copies now, because by the end of the epoch somebody may have exchanged the weights.
         self._copies = {name: plain_copy(layer) for name, layer in self._layers.items()}
         for name, layer in self._layers.items():
-            sides = sides_of(channel_count(layer), watcher.signs[name])
+            sides = sides_of(channel_count(layer), watcher.uses[name])
             per_image = len(sides) * (2 * inputs_per_channel(layer) + 20)
             affordable = int(self._settings.vector_bytes * VECTOR_SHARE / len(self._layers) // per_image)
             limit = max(1, min(MAX_IMAGES, affordable))
             if limit < MAX_IMAGES:
-                self._note(
-                    f"Only the {limit} strongest images of each channel of `{name}`, not {MAX_IMAGES}, fit into half "
-                    f"of `calibration_memory`={self._settings.calibration_memory:g} MiB; "
-                    f"{MAX_IMAGES * per_image * len(self._layers) * 2 / MEBIBYTE:.0f} MiB would hold them all."
-                )
+                self._note_limit(name, limit, 2 * len(self._layers) * per_image / MEBIBYTE)
             device = seen[name].inputs.device
             self._top[name] = TopImages(sides, inputs_per_channel(layer), limit).to(device)
             inputs = seen[name].inputs
@@ -208,6 +216,14 @@ class ClusterAnalysis:
                 self._pools[name] = pool = InputPool(picture_bytes, process_group=self._cpu_group)
                 pool.update([], inputs[:0], None, None, None)  # a process may keep nothing, but has to know its shape
 
+    def _note_limit(self, name: str, limit: int, per_image: float) -> None:
+        few = f"; fewer than {MIN_IMAGES} show no clusters, which takes {MIN_IMAGES * per_image:.3g} MiB"
+        self._note(
+            f"Only the {limit} strongest images of each channel of `{name}`, not {MAX_IMAGES}, fit into half of "
+            f"`calibration_memory`={self._settings.calibration_memory:g} MiB{few if limit < MIN_IMAGES else ''}; "
+            f"{MAX_IMAGES * per_image:.3g} MiB would hold them all."
+        )
+
     def _note(self, text: str) -> None:
         rank_zero_warn(text)
         self._notes.append(text)
@@ -215,21 +231,22 @@ class ClusterAnalysis:
     def gather(self) -> None:
         """Exchange what the processes of a distributed run have seen; all of them, and then ``compute`` does not."""
         self._n_images, self._n_left_out = _summed(self._n_images, self._n_left_out)
-        self._lists: dict[str, TopLists] = {}
-        if not all(pool.has_pictures for pool in self._pools.values()):
+        (n_without,) = _summed(sum(not pool.has_pictures for pool in self._pools.values()))
+        if n_without:
             self._note("The images do not fit into an eighth of `calibration_memory`, so the reports show none.")
         for name, top in self._top.items():
             top.trim()
             top.sync()
+            depth = int(top.depth)  # of all processes; `compute` puts that of this one back
             self._lists[name] = top.compute()
             if name in self._pools:
-                wanted = self._lists[name].strongest(self._depth(name)).tolist()
+                wanted = self._lists[name].strongest(self._fitting_depth(name, depth)).tolist()
                 self._pools[name].join(set(wanted[: self._most_images(name)]))
                 self._pools[name].sync()
 
-    def _depth(self, name: str) -> int:
+    def _fitting_depth(self, name: str, depth: int) -> int:
         """How many images of each side have their inputs kept, now that those of all processes are to fit."""
-        depth, limit = int(self._top[name].depth), self._most_images(name)
+        limit = self._most_images(name)
         while limit is not None and depth > 1 and len(self._lists[name].strongest(depth)) > limit:
             depth = _next_depth(depth)
         if limit is not None and len(self._lists[name].strongest(depth)) > limit:
@@ -283,13 +300,6 @@ class ClusterAnalysis:
                 f"{self._n_images} images."
             )
         return remarks
-
-
-ROOM = 0.9
-"""Part of the memory for inputs that is used once some had to go, lest some have to go with each batch."""
-
-VECTOR_SHARE = 2
-"""Memory for the strongest images' vectors, over what class-conditional vectors may take."""
 
 
 def _number_of_images(seen: dict[str, Seen]) -> int:

@@ -168,11 +168,11 @@ class ClusterEvidence:
     def _vectors(self, channel: int, own: Members) -> ClassVectors:
         """The clusters' vectors as those of classes, in groups for intervals and reliability."""
         shape = (len(own.rows), N_GROUPS, self.lists.vectors.shape[1])
-        sums, counts = torch.zeros(shape), torch.zeros(shape[:2])
+        sums, counts = (torch.zeros(size, dtype=torch.float32) for size in (shape, shape[:2]))
         for number, rows in enumerate(own.rows):
             groups = torch.arange(len(rows)) % N_GROUPS
             sums[number].index_add_(0, groups, F.normalize(self.lists.vectors[rows].float(), dim=1))
-            counts[number].index_add_(0, groups, torch.ones(len(rows)))
+            counts[number].index_add_(0, groups, torch.ones(len(rows), dtype=torch.float32))
         keys = torch.arange(len(own.rows)) * channel_count(self.layer) + channel
         return ClassVectors(keys, sums, counts, channel_count(self.layer))
 
@@ -227,19 +227,27 @@ class ClusterEvidence:
         rows = [torch.cat([own.rows[number] for number in concept]) for concept in split.concepts]
         vectors = [F.normalize(self.lists.vectors[part].float(), dim=1) for part in rows]
         centres = torch.stack([F.normalize(part.mean(0), dim=0) for part in vectors])
-        # As many digits as a split layer holds, so that it gives back the split that it was made of.
-        floors = [float(f"{self._floor(own.sides[concept[0]]):.9g}") for concept in split.concepts]
-        return replace(split, centres=centres, floors=floors)
+        floors = [_rounded(self._floor(own.sides[concept[0]])) for concept in split.concepts]
+        return replace(split, centres=centres, floors=floors, zero=_rounded(self.lists.sides.zero(split.channel)))
 
-    def described(self, found: PolysemanticChannel) -> list[str] | None:
-        """What ``describe_fn`` calls the concepts of a channel; `None` without it, and where there are no images."""
+    def described(self, found: PolysemanticChannel) -> list[str | None]:
+        """What ``describe_fn`` calls the concepts of a channel; `None` without it, and where there are no images.
+
+        Raises:
+            ValueError: If it raises, or returns no text.
+        """
         describe, pictures = self.settings.describe_fn, None if self.pool is None else self.pool.pictures
         if describe is None or pictures is None:
-            return None
+            return [None] * len(found.concepts)
         own = self.members(found.channel)
         rows = [torch.cat([own.rows[number] for number in concept]).sort().values for concept in found.concepts]
         places = [self._places(self.lists.images[part])[:MAX_DESCRIBED] for part in rows]
-        return [_described(describe, pictures[part]) for part in places]
+        return [_described(describe, pictures[part]) if len(part) else None for part in places]
+
+
+def _rounded(value: float) -> float:
+    """As many digits as a split layer holds, so that it gives back the split that it was made of."""
+    return float(f"{value:.9g}")
 
 
 def _of_one_side(concepts: list[list[int]], own: Members) -> list[list[int]]:

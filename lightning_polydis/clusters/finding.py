@@ -157,13 +157,14 @@ class _Points:
 def _principal(clouds: Sequence[Tensor], generator: torch.Generator) -> _Points:
     """Unit vectors, centred, along their principal axes, by subspace iteration: exact enough, and much faster."""
     n, n_inputs = max(map(len, clouds)), clouds[0].shape[1]
-    units, counts = torch.zeros(len(clouds), n, n_inputs), torch.zeros(len(clouds), n, dtype=torch.bool)
+    units = torch.zeros(len(clouds), n, n_inputs, dtype=torch.float32)
+    counts = torch.zeros(len(clouds), n, dtype=torch.bool)
     for place, cloud in enumerate(clouds):
         units[place, : len(cloud)] = F.normalize(cloud.float(), dim=1)
         counts[place, : len(cloud)] = True
     centred = (units - units.sum(1, keepdim=True) / counts.sum(1)[:, None, None]) * counts[..., None]
     n_axes = min(N_AXES, n, n_inputs)
-    axes = torch.randn(len(clouds), n_inputs, n_axes, generator=generator)
+    axes = torch.randn(len(clouds), n_inputs, n_axes, dtype=units.dtype, generator=generator)
     for _ in range(4):
         axes = torch.linalg.qr(centred.mT @ (centred @ axes)).Q
     found = centred @ axes
@@ -211,7 +212,8 @@ def _of_gaussians(points: _Points, k: int, n_clouds: int, generator: torch.Gener
     counts = points.counts[..., None]
     logs = []
     for _ in range(n_clouds):
-        cloud = torch.randn(points.points.shape, generator=generator) * points.spreads[:, None] * counts
+        noise = torch.randn(points.points.shape, dtype=points.points.dtype, generator=generator)
+        cloud = noise * points.spreads[:, None] * counts
         cloud = (cloud - cloud.sum(1, keepdim=True) / counts.sum(1, keepdim=True)) * counts
         logs.append(_log_share(k_means(cloud, points.counts, k, generator).inertia, cloud))
     return torch.stack(logs)

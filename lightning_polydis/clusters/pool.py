@@ -155,7 +155,8 @@ class InputPool(Metric):
         if not pieces:
             return None
         images, labels, inputs, pictures = map(list, zip(*pieces, strict=True))
-        shown = _together([picture for piece in pictures for picture in piece])
+        has_all = all(piece[0].numel() for piece in pictures)  # or those of one process would be black
+        shown = _together([picture for piece in pictures for picture in piece]) if has_all else torch.empty(0)
         whole = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         return PooledInputs(torch.cat(images), torch.cat(labels), whole, shown if shown.numel() else None)
 

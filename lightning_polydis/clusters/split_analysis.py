@@ -49,7 +49,7 @@ class ClusterSplitAnalysis:
     def finish_batch(self) -> None:
         """As `analysis.ChannelAnalysis.finish_batch`."""
         seen = self._watcher.finish()
-        self.is_empty = False
+        self.is_empty &= not seen
         for name, one in seen.items():
             if is_finite(one.inputs) and is_finite(one.outputs):
                 # All images that are strong enough to belong to a concept count.

@@ -13,8 +13,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lightning_polydis.layers import channels_are_last, source_relevances
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from lightning_polydis.clusters.watching import Use
     from lightning_polydis.layers import LinearLayer
 
 FREE, UNKNOWN = -1, -1
@@ -30,13 +29,19 @@ class Sides:
     Args:
         channels: Channel of each side, ``[S]``, integer.
         signs: Its direction, 1 or -1, ``[S]``, integer.
+        zeros: Output of each channel from which on it is on, ``[C]``, ``float32``; `None`: 0. Another number where a
+            batch norm shifts the output before it is rectified.
     """
 
-    def __init__(self, channels: Tensor, signs: Tensor) -> None:
-        self.channels, self.signs = channels, signs
+    def __init__(self, channels: Tensor, signs: Tensor, zeros: Tensor | None = None) -> None:
+        self.channels, self.signs, self.zeros = channels, signs, zeros
 
     def __len__(self) -> int:
         return len(self.channels)
+
+    def zero(self, channel: int) -> float:
+        """Output from which on a channel is on."""
+        return 0.0 if self.zeros is None else float(self.zeros[channel])
 
     def of_channel(self, channel: int) -> list[int]:
         """The sides of a channel, one or two."""
@@ -77,9 +82,10 @@ class TopLists:
 class TopImages(Metric):
     r"""The images with the largest activation of each side of a layer's channels.
 
-    The activation of a side of direction :math:`s` on an image is :math:`\sum_p \max(s z_p, 0)`; with it goes what each
-    source adds to it, :math:`v_k = \sum_{p: s z_p > 0} \sum_{ij} s w_{kij} x_{k, p \oplus ij}`, at all positions where
-    the side is on (the position of the maximum alone, as in arXiv:2404.06453, agrees less well with what images show).
+    The activation of a side of direction :math:`s` on an image is :math:`\sum_p \max(s z_p, 0)`, with :math:`z` the
+    output above the channel's zero (`Sides`). With it goes what each source adds to the output,
+    :math:`v_k = \sum_{p: s z_p > 0} \sum_{ij} s w_{kij} x_{k, p \oplus ij}`, at all positions where the side is on (the
+    position of the maximum alone, as in arXiv:2404.06453, agrees less well with what images show).
 
     The memory is ``sides x limit x (2 x inputs + 20)`` bytes, whatever the number of images.
 
@@ -95,13 +101,13 @@ class TopImages(Metric):
         >>> import torch
         >>> from torch import nn
         >>> layer = nn.Linear(2, 1, bias=False)
-        >>> with torch.no_grad():
-        ...     output = layer(torch.eye(2))
+        >>> _ = nn.init.ones_(layer.weight).requires_grad_(False)
+        >>> inputs = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, -1.0]])
         >>> top = TopImages(Sides(torch.tensor([0, 0]), torch.tensor([1, -1])), n_inputs=2, limit=1)
-        >>> top.update(layer, torch.eye(2), output, torch.tensor([7, 8]))
+        >>> top.update(layer, inputs, layer(inputs), torch.tensor([7, 8, 9]))
         >>> top.trim()
-        >>> len(top.compute().images) in (1, 2)
-        True
+        >>> top.compute().images  # the strongest of either direction
+        tensor([8, 9])
     """
 
     full_state_update = False
@@ -142,8 +148,7 @@ class TopImages(Metric):
         """
         if not self._kept:
             self._make_room(inputs.device)
-        flat = outputs.movedim(-1, 1) if channels_are_last(layer) else outputs
-        flat = flat.flatten(2) if flat.ndim > 2 else flat[..., None]
+        flat = self._above_zero(layer, outputs)
         strengths = self._strengths(flat)
         sides, places, rows = self._entering(strengths)
         self._kept["strengths"][sides, places] = strengths[rows, sides]
@@ -155,7 +160,7 @@ class TopImages(Metric):
         shape = (len(self._layer_sides), self.limit)
         self._channels, self._signs = self._layer_sides.channels.to(device), self._layer_sides.signs.to(device)
         self._kept = {
-            "strengths": torch.zeros(shape, device=device),
+            "strengths": torch.zeros(shape, dtype=torch.float32, device=device),
             "images": torch.full(shape, FREE, device=device),
             "labels": torch.full(shape, UNKNOWN, device=device),
             "vectors": torch.zeros(*shape, self._n_inputs, dtype=torch.float16, device=device),
@@ -193,13 +198,19 @@ class TopImages(Metric):
                 self._kept["vectors"][sides[part], places[part]] = unit.to(torch.float16)
 
     def least(self, depth: int) -> Tensor:
-        """What an image needs more than to be among the ``depth`` strongest of each side, ``[S]``."""
+        """The activation of the last of the ``depth`` strongest images of each side, 0 if there are fewer, ``[S]``."""
         return self._kept["strengths"].topk(min(depth, self.limit), dim=1).values[:, -1]
 
     def strengths_of(self, layer: LinearLayer, outputs: Tensor) -> Tensor:
         """Activation of each side on a batch, ``[B, S]``."""
+        return self._strengths(self._above_zero(layer, outputs))
+
+    def _above_zero(self, layer: LinearLayer, outputs: Tensor) -> Tensor:
+        """Outputs above their channels' zeros, ``[B, C, P]``."""
         flat = outputs.movedim(-1, 1) if channels_are_last(layer) else outputs
-        return self._strengths(flat.flatten(2) if flat.ndim > 2 else flat[..., None])
+        flat = flat.flatten(2) if flat.ndim > 2 else flat[..., None]
+        zeros = self._layer_sides.zeros
+        return flat if zeros is None else flat - zeros.to(flat)[:, None]
 
     def strongest(self, depth: int) -> set[int]:
         """Numbers of the images that are, so far, among the ``depth`` strongest of any side."""
@@ -212,12 +223,12 @@ class TopImages(Metric):
         The last thing before ``compute``.
         """
         if not self._kept:
-            self._make_room(torch.device("cpu"))
+            self._make_room(self.depth.device)  # where the processes exchange
         strengths = self._kept["strengths"]
         least = self._least_of_all(strengths)
         sides, places = ((strengths > 0) & (strengths >= least[:, None])).nonzero(as_tuple=True)
         for name in STATES:
-            setattr(self, name, [sides if name == "sides" else self._kept[name][sides, places]])
+            setattr(self, name, [sides if name == "sides" else self._kept.pop(name)[sides, places]])
         self._kept = {}
 
     def _least_of_all(self, strengths: Tensor) -> Tensor:
@@ -259,14 +270,18 @@ def _ranks(sides: Tensor, n_sides: int) -> Tensor:
     return torch.arange(len(sides)) - starts[sides]
 
 
-def sides_of(n_channels: int, signs: Sequence[int] | Tensor | None) -> Sides:
+def sides_of(n_channels: int, use: Use | None) -> Sides:
     """The sides of a layer's channels.
 
     Args:
         n_channels: Number of channels.
-        signs: The only direction in which each is used; `None`: both.
+        use: How they are used; `None`: in both directions.
+
+    Returns:
+        One side for each channel, or two.
     """
     channels = torch.arange(n_channels)
-    if signs is not None:
-        return Sides(channels, torch.as_tensor(signs, dtype=torch.long))
-    return Sides(channels.repeat(2), torch.tensor([1, -1]).repeat_interleave(n_channels))
+    if use is None:
+        return Sides(channels.repeat(2), torch.tensor([1, -1]).repeat_interleave(n_channels))
+    zeros = use.zeros()
+    return Sides(channels, use.signs(), zeros if bool(zeros.any()) else None)
