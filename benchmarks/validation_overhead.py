@@ -129,6 +129,7 @@ def validate(module: Classifier, loader: DataLoader, arguments: argparse.Namespa
         similarity_threshold=arguments.similarity_threshold,
         attribution=arguments.attribution,
         concepts=arguments.concepts,
+        calibration_samples=arguments.calibration_samples,
         strict=True,
     )
     trainer = pl.Trainer(
@@ -225,6 +226,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--relevance-threshold", type=float, default=0.03)
     parser.add_argument("--similarity-threshold", type=float, default=None)
     parser.add_argument("--attribution", default="gradient_x_input", help="or the name of a zennit composite")
+    parser.add_argument("--calibration-samples", type=int, default=32, help="0: nothing is split")
     parser.add_argument("--concepts", choices=["classes", "clusters"], default="classes")
     parser.add_argument(
         "--clock", choices=list(CLOCKS), default="wall", help="cpu: of this process, for busy machines and --threads 1"
