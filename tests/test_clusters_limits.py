@@ -109,3 +109,11 @@ def test_pictures_of_some_processes_alone_are_left_out():
     for name in ("images", "labels", "inputs", "pictures"):
         setattr(pools[0], name, getattr(pools[0], name) + getattr(pools[1], name))  # as after an exchange
     assert pools[0].compute().pictures is None
+
+
+@pytest.mark.parametrize(("kernel", "size", "warned"), [(3, 2, True), (3, 8, False), (1, 2, False)])
+def test_maps_of_few_positions_are_told(kernel, size, warned):
+    layer = nn.Conv2d(3, 4, kernel, padding="same")
+    batches = [(torch.randn(30, 3, size, size),)]
+    report = find_polysemantic_channels(nn.Sequential(layer), batches, "0", concepts="clusters", progress=False)
+    assert any("sees other padding" in note for note in report.notes) is warned

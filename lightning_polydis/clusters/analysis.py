@@ -22,6 +22,7 @@ from lightning_polydis.layers import (
     at_least_single,
     channel_count,
     find_layer,
+    flat_weight,
     inputs_per_channel,
     is_finite,
     plain_copy,
@@ -48,6 +49,9 @@ ROOM = 0.9
 
 VECTOR_SHARE = 2
 """Memory for the strongest images' vectors, over what class-conditional vectors may take."""
+
+SMALL_MAP = 16
+"""Positions up to which a map is so small that which of them are on may look like concepts."""
 
 RANK_BITS = 40
 """Bits of an image's number that count it; those before name the process."""
@@ -201,6 +205,7 @@ class ClusterAnalysis:
         # Copies now, because by the end of the epoch somebody may have exchanged the weights.
         self._copies = {name: plain_copy(layer) for name, layer in self._layers.items()}
         for name, layer in self._layers.items():
+            self._warn_of_small_map(name, seen[name].outputs)
             sides = sides_of(channel_count(layer), watcher.uses[name])
             per_image = len(sides) * (2 * inputs_per_channel(layer) + 20)
             affordable = int(self._settings.vector_bytes * VECTOR_SHARE / len(self._layers) // per_image)
@@ -215,6 +220,15 @@ class ClusterAnalysis:
                 picture_bytes = self._settings.thumbnail_bytes / len(self._layers)
                 self._pools[name] = pool = InputPool(picture_bytes, process_group=self._cpu_group)
                 pool.update([], inputs[:0], None, None, None)  # a process may keep nothing, but has to know its shape
+
+    def _warn_of_small_map(self, name: str, outputs: Tensor) -> None:
+        layer = self._layers[name]
+        n_positions = 1 if isinstance(layer, nn.Linear) else outputs[0, 0].numel()
+        if 1 < n_positions <= SMALL_MAP and flat_weight(layer).shape[2] > 1:
+            self._note(
+                f"The maps of `{name}` have only {n_positions} positions, each of which sees other padding: which of "
+                "them are on may make clusters of its own, that are no concepts. Take larger images, or another layer."
+            )
 
     def _note_limit(self, name: str, limit: int, per_image: float) -> None:
         few = f"; fewer than {MIN_IMAGES} show no clusters, which takes {MIN_IMAGES * per_image:.3g} MiB"
