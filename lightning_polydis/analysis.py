@@ -27,9 +27,10 @@ from lightning_polydis.layers import (
     window_sums,
 )
 from lightning_polydis.planning import LayerEvidence
+from lightning_polydis.processes import cpu_group, let_go
 from lightning_polydis.report import PolysemanticityReport
 from lightning_polydis.settings import MEBIBYTE
-from lightning_polydis.statistics import CalibrationSamples, ChannelStatistics, cpu_group, relevant_channels
+from lightning_polydis.statistics import CalibrationSamples, ChannelStatistics, relevant_channels
 from lightning_polydis.summary import LayerSummary
 from lightning_polydis.thumbnails import images_of, thumbnail_side, thumbnails
 from lightning_polydis.vectors import RelevanceVectors
@@ -173,15 +174,12 @@ class ChannelAnalysis:
         self._observer.close()
 
     def release(self) -> None:
-        """Take every hook off and let the data go; metrics refer to themselves, so nothing else frees them soon."""
+        """Take every hook off and let the data go."""
         self.close()
         self._images = None
         if isinstance(self._observer, RelevanceCollector):
             self._observer.release()
-        for metric in self._metrics():
-            if metric._is_synced:
-                metric.unsync()
-            metric.reset()
+        let_go(self._metrics())
 
     def _metrics(self) -> list[Metric]:
         return [*self._statistics.values(), *self._vectors.values(), *self._samples.values()]

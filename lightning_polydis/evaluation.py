@@ -13,6 +13,7 @@ from torchmetrics.functional.classification import binary_auroc
 from lightning_polydis._checks import InputError
 from lightning_polydis.layers import channel_outputs, flat_weight, source_contributions
 from lightning_polydis.membership import part_weights
+from lightning_polydis.processes import everyones, is_distributed
 from lightning_polydis.splitting import SplitLayer
 
 if TYPE_CHECKING:
@@ -159,10 +160,9 @@ class SplitEvaluator:
 
     def gather(self) -> None:
         """Take in what the other processes of a distributed run have seen, if there are any."""
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        if not is_distributed():
             return
-        everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, self._tallies)
+        everyone = everyones(self._tallies)
         for position, tally in enumerate(self._tallies):
             others = [
                 tallies[position] for rank, tallies in enumerate(everyone) if rank != torch.distributed.get_rank()

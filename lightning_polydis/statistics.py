@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -257,23 +256,6 @@ class Samples:
         for target in targets.unique():
             first[(targets == target).nonzero()[::2]] = True
         return self[first], self[~first]
-
-
-def cpu_group() -> Any:
-    """A process group that exchanges tensors on the CPU, which that of GPUs (NCCL) cannot; `None`: the default one can.
-
-    Made by all processes together, once for each default group.
-    """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return None
-    if "gloo" in torch.distributed.get_backend():
-        return None
-    return _gloo_beside(torch.distributed.group.WORLD)
-
-
-@functools.lru_cache(maxsize=1)
-def _gloo_beside(default: Any) -> Any:
-    return torch.distributed.new_group(backend="gloo")
 
 
 STATES = ("inputs", "targets", "relevant", "thumbnails")

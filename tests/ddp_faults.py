@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_polydis import ChannelDisentanglement, SplitConv2d, vectors
 from lightning_polydis.analysis import ChannelAnalysis
-from lightning_polydis.statistics import _gloo_beside
+from lightning_polydis.processes import _gloo_beside
 from lightning_polydis.vectors import ClassVectors
 from tests.ddp_run import make_trainer
 from tests.networks import Classifier, conv_relu_net, loader, make_batches, train_briefly

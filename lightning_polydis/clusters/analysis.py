@@ -27,9 +27,9 @@ from lightning_polydis.layers import (
     is_finite,
     plain_copy,
 )
+from lightning_polydis.processes import cpu_group, everyones, is_distributed, let_go
 from lightning_polydis.report import PolysemanticityReport
 from lightning_polydis.settings import MEBIBYTE
-from lightning_polydis.statistics import cpu_group
 from lightning_polydis.summary import LayerSummary
 from lightning_polydis.thumbnails import images_of
 
@@ -144,10 +144,7 @@ class ClusterAnalysis:
         """Take every hook off and let the data go."""
         self.close()
         self._images = None
-        for metric in self._metrics():
-            if metric._is_synced:
-                metric.unsync()
-            metric.reset()
+        let_go(self._metrics())
 
     def _metrics(self) -> list[Metric]:
         return [*self._top.values(), *self._pools.values()]
@@ -159,7 +156,7 @@ class ClusterAnalysis:
         if not all(is_finite(part) for one in seen.values() for part in one):
             self._n_left_out += n_images
             return
-        rank = torch.distributed.get_rank() if _is_distributed() else 0
+        rank = torch.distributed.get_rank() if is_distributed() else 0
         numbers = (rank << RANK_BITS) + self._n_images + torch.arange(n_images)
         self._n_images += n_images
         for name, one in seen.items():
@@ -244,9 +241,9 @@ class ClusterAnalysis:
 
     def gather(self) -> None:
         """Exchange what the processes of a distributed run have seen; all of them, and then ``compute`` does not."""
-        self._n_images, self._n_left_out = _summed(self._n_images, self._n_left_out)
-        (n_without,) = _summed(sum(not pool.has_pictures for pool in self._pools.values()))
-        if n_without:
+        self._n_images = sum(everyones(self._n_images))
+        self._n_left_out = sum(everyones(self._n_left_out))
+        if not all(everyones(all(pool.has_pictures for pool in self._pools.values()))):
             self._note("The images do not fit into an eighth of `calibration_memory`, so the reports show none.")
         for name, top in self._top.items():
             top.trim()
@@ -335,16 +332,3 @@ def _next_depth(depth: int) -> int:
 
 def _size(layer: LinearLayer) -> tuple[int, int]:
     return channel_count(layer), inputs_per_channel(layer)
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _summed(*counts: int) -> list[int]:
-    """Sums over all processes."""
-    if not _is_distributed():
-        return list(counts)
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, counts)
-    return [sum(own) for own in zip(*everyone, strict=True)]

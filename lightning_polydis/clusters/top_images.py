@@ -11,6 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_polydis.layers import channels_are_last, source_relevances
+from lightning_polydis.processes import is_distributed
 
 if TYPE_CHECKING:
     from lightning_polydis.clusters.watching import Use
@@ -233,7 +234,7 @@ class TopImages(Metric):
 
     def _least_of_all(self, strengths: Tensor) -> Tensor:
         """The smallest strength that is kept of each side, over all processes, ``[S]``."""
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        if not is_distributed():
             return torch.zeros_like(strengths[:, 0])
         everyone = torch.cat(gather_all_tensors(strengths), dim=1)
         return everyone.topk(self.limit, dim=1).values[:, -1]
