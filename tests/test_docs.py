@@ -1,18 +1,23 @@
-"""The how-tos in the docs folder run."""
+"""The documentation: its code runs, and it speaks of all that is public."""
 
 import copy
+import inspect
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_polydis import find_polysemantic_channels
+import lightning_polydis
+from lightning_polydis import ChannelDisentanglement, find_polysemantic_channels
 from tests.networks import loader, make_images
 from tests.test_readme import Resnet
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 NOT_PYTHON = {"text", "bash", "yaml", "json"}
+PROSE = {"concepts.md", "limits.md", "memory.md", "peers.md", "support.md"}
+"""Pages without code, beside those of the API, whose examples are doctests."""
 
 
 def python_blocks(text):
@@ -62,9 +67,11 @@ def test_every_code_block_of_a_page_runs(page, analysed, tmp_path, monkeypatch):
         "images": images,
         "targets": targets,
         "val_loader": loader(),
+        "other_loader": loader(seed=5),
     }
     blocks = python_blocks(page.read_text(encoding="utf-8"))
-    assert blocks, "a how-to without code"
+    is_prose = page.name in PROSE or page.parent.name == "api"
+    assert bool(blocks) != is_prose, "a how-to without code, or code on a page of prose"
     for first, code in blocks:
         exec(compile("\n" * first + code, str(page), "exec"), names)  # tracebacks show the page's own lines
 
@@ -89,3 +96,15 @@ def test_blocks_are_found_with_their_lines():
         (2, "x = 1\n\ny = 2"),
         (10, ""),
     ]
+
+
+def test_every_public_name_has_a_place_in_the_api():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    shown = set(re.findall(r"^::: lightning_polydis\.[\w.]*?(\w+)$", text, re.M))
+    assert set(lightning_polydis.__all__) - {"__version__"} <= shown
+
+
+def test_every_argument_of_the_callback_is_among_the_settings():
+    rows = re.findall(r"^\| (`.*?`) \|", (DOCS / "settings.md").read_text(encoding="utf-8"), re.M)
+    listed = re.findall(r"`(\w+)`", " ".join(rows))
+    assert sorted(listed) == sorted(set(inspect.signature(ChannelDisentanglement).parameters))

@@ -51,3 +51,9 @@ def test_every_code_block_runs(tmp_path, monkeypatch):
 def test_both_commands_are_named():
     assert "make demo" in README.read_text()
     assert "make test" in README.read_text()
+
+
+def test_every_link_leads_to_a_file():
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", README.read_text())
+    assert len(links) > 20
+    assert [link for link in links if not (README.parent / link).exists()] == []
