@@ -1,25 +1,30 @@
-"""Time and disk space of the published procedure against this package's, on the same network and images.
+"""Time, memory and disk space of the published procedure against this package's, on the same network and images.
 
-Both find the polysemantic pairs of one layer and split some of them; the results are compared.
+Both find the polysemantic pairs of one layer and split some of them, in turns; the results are compared. Then how both
+grow with the number of images, of classes, and of the (channel, class) entries that are relevant.
 
 Example:
-    python benchmarks/against_paper_pipeline.py --repeats 5
+    python benchmarks/against_paper_pipeline.py
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import statistics
+import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import in_turns, peak_resident, ratios, reset_peak, resident, spread, table
 from paper_pipeline import FoundPair, FoundSplit, PaperPipeline, similar_pairs
-from small_world import LAYER, ImageMaker, SmallResNet, accuracy, train
+from small_world import LAYER, NUM_CLASSES, ImageMaker, SmallResNet, accuracy, train
 from torch import Tensor, nn
 
 from lightning_polydis import PolysemanticityReport, SplitPlan, find_polysemantic_channels
@@ -38,6 +43,10 @@ class Task:
     class_fraction: float
     similarity_threshold: float
     n_splits: int
+
+    def rows_of(self, target: int) -> Tensor:
+        """The images of a class."""
+        return (self.targets == target).nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
@@ -123,16 +132,6 @@ def run_ours(task: Task, pairs: list[FoundPair]) -> Ours:
     return Ours(report, plan, laps.seconds, n_bytes)
 
 
-@torch.no_grad()
-def plain_pass(task: Task) -> float:
-    """Seconds of a forward pass over all images and nothing else."""
-    laps = Laps()
-    for part in task.images.split(BATCH_SIZE):
-        task.model(part)
-    laps.lap("pass")
-    return laps.seconds["pass"]
-
-
 def compare(theirs: Theirs, ours: Ours) -> list[str]:
     """How far the two results agree, in words."""
     expected = {(pair.channel, pair.class_a, pair.class_b): pair.cosine_similarity for pair in theirs.pairs}
@@ -158,12 +157,13 @@ def prepare(arguments: argparse.Namespace) -> Task:
     images, targets = maker.make(arguments.images, seed=2)
     print(
         f"trained for {time.perf_counter() - started:.0f} s; accuracy on the {len(images)} images to analyse: "
-        f"{accuracy(model, images, targets):.3f}"
+        f"{accuracy(model, images, targets):.3f}",
+        file=sys.stderr,
     )
     return Task(
-        model,
-        images,
-        targets,
+        model.to(arguments.device),
+        images.to(arguments.device),
+        targets.to(arguments.device),
         arguments.relevance_threshold,
         arguments.class_fraction,
         arguments.similarity_threshold,
@@ -171,11 +171,99 @@ def prepare(arguments: argparse.Namespace) -> Task:
     )
 
 
+def in_comparison(task: Task, shared: bool, repeats: int) -> tuple[Theirs, Ours, dict[str, list[float]]]:
+    """Both in turns: what they find, and the seconds of each run."""
+    run_ours(task, [])  # once without a watch
+    found: dict[str, Theirs | Ours] = {}
+
+    def seconds(name: str, run: Callable[[], Theirs | Ours]) -> float:
+        found[name] = run()
+        return sum(found[name].seconds.values())
+
+    variants = {  # theirs comes first in the first round, and says which pairs are split
+        "theirs": lambda: seconds("theirs", lambda: run_theirs(task, shared)),
+        "ours": lambda: seconds("ours", lambda: run_ours(task, found["theirs"].pairs[: task.n_splits])),
+    }
+    taken = in_turns(variants, repeats, n_warm_up=0)
+    return found["theirs"], found["ours"], taken
+
+
+def growth_of_memory(run: Callable[[], object]) -> float:
+    """MiB by which this process grows at its largest."""
+    before = resident()
+    reset_peak()
+    run()
+    return peak_resident() - before
+
+
+def main_table(task: Task, shared: bool, repeats: int) -> str:
+    """The comparison at full size."""
+    theirs, ours, taken = in_comparison(task, shared, repeats)
+    for name, run in (("theirs", theirs), ("ours", ours)):
+        print(f"{name}: {run.seconds}", file=sys.stderr)
+    print("\n".join(compare(theirs, ours)), file=sys.stderr)
+    memory = [
+        growth_of_memory(lambda: run_ours(task, theirs.pairs[: task.n_splits])),
+        growth_of_memory(lambda: run_theirs(task, shared)),
+    ]
+    cells = [
+        str(theirs.n_entries),
+        f"{len(ours.plan.splits)}, {'all twenty candidates in one pass' if shared else 'one pass for each candidate'}",
+        spread(ratios(taken["theirs"], taken["ours"]), 1),
+        " : ".join(f"{statistics.median(taken[name]):.2f}" for name in ("ours", "theirs")),
+        " : ".join(f"{value:.0f}" for value in memory),
+        " : ".join(f"{run.bytes_on_disk / 1e6:.1f}" for run in (ours, theirs)),
+    ]
+    header = ["(channel, class) entries", "splits, and how theirs are chosen", "theirs / ours"]
+    return table([*header, *(f"{what}, ours : theirs" for what in ("seconds", "peak MiB", "MB on disk"))], [cells])
+
+
+def smaller(task: Task, n_classes: int = NUM_CLASSES, part: float = 1) -> Task:
+    """Only some classes, or only the first part of each class's images."""
+    rows = torch.cat([own[: round(part * len(own))] for own in map(task.rows_of, range(n_classes))])
+    return replace(task, images=task.images[rows], targets=task.targets[rows])
+
+
+def growth_table(task: Task, repeats: int) -> str:
+    """How both grow, one size at a time."""
+    threshold = task.relevance_threshold
+    series = {  # the last of the first two, and the middle of the third, are all of it
+        "images": [smaller(task, part=part) for part in (0.25, 0.5)] + [task],
+        "classes": [smaller(task, n_classes) for n_classes in (4, 8)] + [task],
+        "entries": [
+            replace(task, relevance_threshold=2 * threshold),
+            task,
+            replace(task, relevance_threshold=threshold / 2),
+        ],
+    }
+    whole = in_comparison(task, True, repeats)
+    rows = []
+    for what, tasks in series.items():
+        runs = [whole if own is task else in_comparison(own, True, repeats) for own in tasks]
+        entries = [theirs.n_entries for theirs, _, _ in runs]
+        sizes = {"images": [len(own.images) for own in tasks], "classes": [4, 8, 16], "entries": entries}[what]
+        times = {name: [statistics.median(taken[name]) for *_, taken in runs] for name in ("ours", "theirs")}
+        about = [what, _listed(sizes, 0), _listed(entries, 0)]
+        rows.append([*about, *(cell for own in times.values() for cell in (_listed(own, 2), _exponent(sizes, own)))])
+    header = ["grows", "sizes", "entries", "ours, s", "exponent", "theirs, s", "exponent"]
+    return table(header, rows)
+
+
+def _listed(values: list[float], digits: int) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values)
+
+
+def _exponent(sizes: list[int], seconds: list[float]) -> str:
+    """The power of the size that the time grows by, from the first to the last."""
+    if sizes[0] == sizes[-1]:
+        return "-"
+    return f"{math.log(seconds[-1] / seconds[0]) / math.log(sizes[-1] / sizes[0]):.2f}"
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="runs of this package, after one that does not count")
-    parser.add_argument("--their-repeats", type=int, default=1, help="runs of the published procedure")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each that count, after one that does not")
     parser.add_argument("--images", type=int, default=100, help="images of each class to analyse")
     parser.add_argument("--training-images", type=int, default=200, help="images of each class to train on")
     parser.add_argument("--epochs", type=int, default=2)
@@ -186,34 +274,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--separate", action="store_true", help="their splits: a pass for each of the twenty candidates of a pair"
     )
+    parser.add_argument("--growth", action="store_true", help="how both grow, instead of the comparison")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None)
     return parser.parse_args()
-
-
-def print_results(theirs: list[Theirs], ours: list[Ours], plain: float) -> None:
-    """The figures, and a markdown row of them."""
-    for name, runs in (("theirs", theirs), ("ours", ours)):
-        for stage in runs[0].seconds:
-            values = [run.seconds[stage] for run in runs]
-            print(f"{name}: {stage}: median {statistics.median(values):.2f} s ({_spread(values)})")
-    their_totals, our_totals = ([sum(run.seconds.values()) for run in runs] for runs in (theirs, ours))
-    their_total, our_total = statistics.median(their_totals), statistics.median(our_totals)
-    print(f"theirs: total {their_total:.2f} s ({_spread(their_totals)}), {their_total / plain:.1f} plain passes")
-    print(f"ours: total {our_total:.2f} s ({_spread(our_totals)}), {our_total / plain:.1f} plain passes")
-    print("\n".join(compare(theirs[0], ours[0])))
-    ratios = [their_total / total for total in our_totals]
-    n_splits, n_entries = len(theirs[0].splits), theirs[0].n_entries
-    print("| entries | splits | ours : theirs | theirs / ours | spread | MB on disk, theirs | MB on disk, ours |")
-    print(
-        f"| {n_entries} | {n_splits} | {our_total:.2f} s : {their_total:.1f} s | {their_total / our_total:.0f} | "
-        f"{min(ratios):.0f} to {max(ratios):.0f} | {theirs[0].bytes_on_disk / 1e6:.1f} | "
-        f"{ours[0].bytes_on_disk / 1e6:.1f} |"
-    )
-
-
-def _spread(values: list[float]) -> str:
-    return f"{min(values):.2f} to {max(values):.2f}, n={len(values)}"
 
 
 def main() -> None:
@@ -222,10 +287,10 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     task = prepare(arguments)
-    theirs = [run_theirs(task, shared=not arguments.separate) for _ in range(arguments.their_repeats)]
-    pairs = theirs[0].pairs[: task.n_splits]
-    rounds = [(run_ours(task, pairs), plain_pass(task)) for _ in range(arguments.repeats + 1)][1:]
-    print_results(theirs, [ours for ours, _ in rounds], statistics.median(plain for _, plain in rounds))
+    if arguments.growth:
+        print(growth_table(task, 1))
+    else:
+        print(main_table(task, not arguments.separate, arguments.repeats))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from lightning_polydis import PolysemanticityReport, find_polysemantic_channels
 from lightning_polydis.clusters.evidence import ClusterEvidence
 from lightning_polydis.clusters.finding import MIN_IMAGES, Clusters, find_clusters
 from lightning_polydis.evaluation import SplitQuality
-from lightning_polydis.layers import channel_outputs, flat_weight, plain_copy, source_relevances
+from lightning_polydis.layers import channel_outputs, flat_weight, plain_copy, reads_padding, source_relevances
 from lightning_polydis.planning import judge_splits, plan_splits
 
 Labels = list[tuple[Tensor, Tensor]]
@@ -165,7 +165,7 @@ def _clouds(evidence: ClusterEvidence, places: dict[int, int]) -> Iterator[tuple
         own = [places[number] for number in evidence.lists.images[rows].tolist()]
         inputs = evidence.pool.inputs[own]
         weight, bias = flat_weight(layer)[channel : channel + 1], None if layer.bias is None else layer.bias[[channel]]
-        output = channel_outputs(layer, inputs, weight, bias, [channel])
+        output = channel_outputs(layer, inputs, weight, bias, [channel]).masked_fill(reads_padding(layer, inputs), 0)
         is_on = (output > 0).float()
         at_most = torch.zeros_like(output).scatter_(2, output.argmax(2, keepdim=True), 1.0)
         plain = plain_copy(layer)

@@ -94,7 +94,7 @@ class PaperPipeline:
             values = torch.load(self._folder / f"{row}_relevance.pt")
             target = int(torch.load(self._folder / f"{row}_target.pt"))
             torch.load(self._folder / f"{row}_guess.pt")
-            counts[target] += (values > 0) & (values >= relevance_threshold * values.clamp(min=0).sum())
+            counts[target] += ((values > 0) & (values >= relevance_threshold * values.clamp(min=0).sum())).cpu()
             n_images[target] += 1
         relevant = counts >= class_fraction * n_images[:, None]
         classes = {channel: relevant[:, channel].nonzero()[:, 0].tolist() for channel in range(relevant.shape[1])}
@@ -109,7 +109,7 @@ class PaperPipeline:
             score = layer(inputs).sum((2, 3))[:, channel]
             gradient = torch.autograd.grad(score.sum(), inputs)[0]
             parts.append((gradient * inputs).sum((2, 3)).detach())
-        return torch.cat(parts).mean(0).numpy()
+        return torch.cat(parts).mean(0).cpu().numpy()
 
     def _of_class(self, target: int) -> tuple[Tensor, ...]:
         return self._images[self._targets == target].split(self._batch_size)
@@ -145,16 +145,16 @@ class PaperPipeline:
         expand = nn.Conv2d(n_inputs, n_channels + 2, 1, bias=False)
         merge = nn.Conv2d(n_channels + 2, n_channels, 1, bias=False)
         weight = self._layer.weight.detach()
-        both = membership.all(0)
-        parts = [weight[channel] * keep[:, None, None] for keep in (*membership, both)]
+        keeps = membership.to(weight.device)
+        parts = [weight[channel] * keep[:, None, None] for keep in (*keeps, keeps.all(0))]
         with torch.no_grad():
             expand.weight.copy_(torch.cat([weight, torch.stack(parts[1:])]))
-            expand.weight[channel] = parts[0]
+            expand.weight[channel] = parts[0].to(expand.weight.device)
             merge.weight.zero_()
             merge.weight[:, :n_channels, 0, 0] = torch.eye(n_channels)
             merge.weight[channel, n_channels:, 0, 0] = torch.tensor([1.0, -1.0])
         model = copy.deepcopy(self._model)
-        model.set_submodule(self._name, nn.Sequential(expand, merge))
+        model.set_submodule(self._name, nn.Sequential(expand, merge).to(weight.device))
         return model
 
     def _separations(self, candidates: list[nn.Module], channel: int, images: Tensor, own: int, shared: bool) -> Tensor:
@@ -167,7 +167,7 @@ class PaperPipeline:
             read = self._layer_inputs(candidate, images) if inputs is None else inputs
             activation = torch.conv2d(read.double(), rows).clamp(min=0).sum((2, 3))
             ratios.append(activation[:, own] / (activation[:, 1 - own] + 1e-5))
-        return torch.stack(ratios)
+        return torch.stack(ratios).cpu()
 
 
 @contextmanager

@@ -1,18 +1,22 @@
 """What the callback adds to a validation epoch: time and memory.
 
-Validation epochs with and without `ChannelDisentanglement` take turns; the ratio of their times is reported. The clock
-runs from the first callback's ``on_validation_start`` to the last one's ``on_validation_end``, so everything that the
-callback does between its own first and last hook counts, the choice of a plan included. Memory is the largest resident
-set of a fresh process, from Linux's ``/proc`` (and on a GPU the largest amount allocated there).
+Validation epochs without the callback, with it in several variants, and with nothing but the backward pass that
+gradient x input needs (*bare*) take turns; the ratio of their times is reported, median and range over the rounds. The
+clock runs from the first hook of validation to the last but one, so everything that the callback does for an epoch
+counts. What it does once, when the run ends (a plan, its quality, the table), is reported by itself. Memory is the
+largest resident set of a fresh process, from Linux's ``/proc`` (and on a GPU the largest amount allocated there).
 
 Example:
-    python benchmarks/validation_overhead.py --model resnet50 --repeats 7
+    python benchmarks/validation_overhead.py --models resnet50 squeezenet
+    python benchmarks/validation_overhead.py --models resnet18 --compile --variants optimized
+    python benchmarks/validation_overhead.py --models squeezenet --variants clusters
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -23,27 +27,57 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torchvision
+from measuring import MEBIBYTE, in_turns, peak_resident, ratios, spread, table, wait_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_polydis import ChannelDisentanglement
 
+
+@dataclass(frozen=True)
+class Model:
+    """A network, its layer of interest, and how many batches make an epoch of some seconds on two cores."""
+
+    name: str
+    build: Callable[..., nn.Module]
+    layer: str
+    batches: int
+
+
 MODELS = {
-    "resnet18": (torchvision.models.resnet18, "net.layer4.1.conv2"),
-    "resnet50": (torchvision.models.resnet50, "net.layer4.2.conv3"),
-    "resnext50": (torchvision.models.resnext50_32x4d, "net.layer4.2.conv2"),
-    "vit": (torchvision.models.vit_b_16, "net.encoder.layers.encoder_layer_11.mlp.3"),
-    "squeezenet": (torchvision.models.squeezenet1_1, "net.features.12.expand1x1"),
+    "resnet18": Model("ResNet-18", torchvision.models.resnet18, "layer4.1.conv2", 40),
+    "resnet50": Model("ResNet-50", torchvision.models.resnet50, "layer4.2.conv3", 8),
+    "convnext": Model("ConvNeXt-T", torchvision.models.convnext_tiny, "features.7.2.block.5", 8),
+    "vit": Model("ViT-B/16", torchvision.models.vit_b_16, "encoder.layers.encoder_layer_11.mlp.3", 4),
+    "squeezenet": Model("SqueezeNet 1.1", torchvision.models.squeezenet1_1, "features.12.expand1x1", 40),
+    "resnext50": Model("ResNeXt-50, 32 groups", torchvision.models.resnext50_32x4d, "layer4.2.conv2", 8),
 }
+DEFAULT_MODELS = ["resnet18", "resnet50", "convnext", "vit", "squeezenet"]
+PAPER, REPLAY = {"method": "paper"}, {"attribution": "epsilon_plus_flat"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": PAPER,
+    "optimized": {},
+    "replay-paper": {**PAPER, **REPLAY},
+    "replay-optimized": REPLAY,
+    "clusters": {"concepts": "clusters"},
+}
+"""What differs from the callback's default settings."""
+TARGETS = {"paper": 1.05, "optimized": 1.10}
+ABOVE_BARE = 0.03
+"""The target where the bare backward pass alone costs more."""
+HEADER = (
+    *("network", "layer", "variant", "images", "s without", "with / without", "target"),
+    *("s at the end of the run", "MiB without", "MiB with"),
+)
+N_IMAGE_BATCHES = 4
+IMAGES_PER_CLASS = 5
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-IMAGE_SIZE = 224
-MEBIBYTE = 2**20
 
 
 class Classifier(pl.LightningModule):
@@ -84,156 +118,192 @@ class Mark(pl.Callback):
         self.end = self._now(pl_module.device)
 
     def _now(self, device: torch.device) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device.type)
         return self._clock()
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """One validation epoch: seconds, and how many channels and pairs were flagged in how many images."""
+class BareBackward(pl.Callback):
+    """One backward pass from the logits of the images' own classes to the layer, and nothing done with it.
 
-    seconds: float
-    n_images: int = 0
-    n_candidates: int = 0
-    n_flagged: int = 0
+    Args:
+        layer: Name of the layer.
+    """
+
+    def __init__(self, layer: str) -> None:
+        self._layer = layer
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Allow gradients, and put the hooks on."""
+        trainer.validate_loop.inference_mode = False
+        layer = pl_module.get_submodule(self._layer)
+        self._handles = [layer.register_forward_hook(self._begin), pl_module.net.register_forward_hook(self._end)]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the targets."""
+        self._targets = batch[1]
+
+    def _begin(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)
+        self._output = output.detach().requires_grad_()
+        return self._output.clone()  # the in-place ReLU that often follows would overwrite a leaf
+
+    def _end(self, module: nn.Module, args: Any, logits: Tensor) -> Tensor:
+        torch.autograd.grad(logits.gather(1, self._targets[:, None]).sum(), self._output)
+        torch.set_grad_enabled(False)
+        return logits.detach()
 
 
-def make_module(arguments: argparse.Namespace) -> Classifier:
-    """The network, with random weights."""
-    torch.manual_seed(0)
-    build, _ = MODELS[arguments.model]
-    module = Classifier(build(weights=None, num_classes=arguments.classes))
-    if arguments.compile:
-        module.net.compile()
-    return module
+class Overhead:
+    """Validation epochs of one network.
+
+    Args:
+        model: Which.
+        arguments: The command line.
+        n_batches: Of an epoch.
+    """
+
+    def __init__(self, model: Model, arguments: argparse.Namespace, n_batches: int) -> None:
+        self.model, self.arguments, self.n_batches = model, arguments, n_batches
+        torch.manual_seed(0)
+        self.module = Classifier(model.build(weights=None, num_classes=arguments.classes))
+        if arguments.compile:
+            self.module.net.compile()
+        self.loader = make_loader(arguments, n_batches)
+        self.ends: dict[str, list[float]] = {}
+
+    def callbacks(self, variant: str) -> list[pl.Callback]:
+        """What is in the Trainer in a variant."""
+        layer = f"net.{self.model.layer}"
+        if variant == "without":
+            return []
+        if variant == "bare":
+            return [BareBackward(layer)]
+        settings = {"calibration_samples": self.arguments.calibration_samples, **VARIANTS[variant]}
+        return [ChannelDisentanglement(layer, strict=True, **settings)]
+
+    def validate(self, variant: str) -> float:
+        """Seconds of one epoch; what the end of the run takes is kept in ``ends``."""
+        first, last = (Mark(CLOCKS[self.arguments.clock]) for _ in range(2))
+        own = self.callbacks(variant)
+        trainer = pl.Trainer(
+            accelerator="gpu" if self.arguments.device == "cuda" else "cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[first, *own, last],
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # the callback's table of results
+            trainer.validate(self.module, self.loader, verbose=False)
+        for polydis in own:
+            self._check(polydis)
+        self.ends.setdefault(variant, []).append(last.end - first.end)  # the callback's `on_validation_end`
+        return first.end - first.start
+
+    def _check(self, callback: pl.Callback) -> None:
+        expected = self.n_batches * self.arguments.batch_size
+        if isinstance(callback, ChannelDisentanglement) and callback.report.n_images != expected:
+            raise RuntimeError(f"Expected {expected} images to be analysed, but got {callback.report.n_images}.")
 
 
-def make_loader(arguments: argparse.Namespace) -> DataLoader:
-    """Random images and classes, all in memory."""
+def make_loader(arguments: argparse.Namespace, n_batches: int) -> DataLoader:
+    """Random images, a few batches of them in turns, all in memory, five of each class.
+
+    With one of each, what comes once for each class would weigh far more than in an epoch of usual length. With fifty,
+    a few classes would make up the epoch, and those few that have relevance vectors for all channels (16 of 1000 in
+    ResNet-18) would be all there are.
+    """
     draw = torch.Generator().manual_seed(1)
-    shape = (arguments.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
-    batches = [
-        (torch.randn(shape, generator=draw), torch.randint(arguments.classes, shape[:1], generator=draw))
-        for _ in range(arguments.batches)
+    shape = (arguments.batch_size, 3, arguments.image_size, arguments.image_size)
+    images = [torch.randn(shape, generator=draw) for _ in range(min(N_IMAGE_BATCHES, n_batches))]
+    n_images = n_batches * arguments.batch_size
+    seen = torch.randperm(arguments.classes, generator=draw)[: max(2, n_images // IMAGES_PER_CLASS)]
+    order = torch.randperm(n_images, generator=draw) % len(seen)
+    targets = seen[order].view(n_batches, arguments.batch_size)
+    return DataLoader([(images[row % len(images)], own) for row, own in enumerate(targets)], batch_size=None)
+
+
+def measure(name: str, arguments: argparse.Namespace) -> list[list[str]]:
+    """Rows of the table for one network: epochs in turns, and memory."""
+    n_batches = max(1, round(arguments.batches * MODELS[name].batches))
+    overhead = Overhead(MODELS[name], arguments, n_batches)
+    names = ["without", *arguments.variants]
+    seconds = in_turns({own: functools.partial(overhead.validate, own) for own in names}, arguments.repeats)
+    plain = seconds.pop("without")
+    found = {variant: ratios(own, plain) for variant, own in seconds.items()}
+    bare = statistics.median(found["bare"]) if "bare" in found else None
+    memory = {own: peak_memory(name, own, arguments) for own in names if own != "bare"}
+    about = [f"{n_batches * arguments.batch_size}", f"{statistics.median(plain):.2f}"]
+    return [
+        [
+            *(_network(name, arguments), f"`{MODELS[name].layer}`", variant, *about),
+            *(spread(own, 3), _target(variant, bare), _end(overhead.ends[variant], variant)),
+            *(_memory(memory["without"]), _memory(memory.get(variant, {}))),
+        ]
+        for variant, own in found.items()
     ]
-    return DataLoader(batches, batch_size=None)
 
 
-def validate(module: Classifier, loader: DataLoader, arguments: argparse.Namespace, with_callback: bool) -> Epoch:
-    """One validation epoch."""
-    first, last = (Mark(CLOCKS[arguments.clock]) for _ in range(2))
-    polydis = ChannelDisentanglement(
-        MODELS[arguments.model][1],
-        relevance_threshold=arguments.relevance_threshold,
-        similarity_threshold=arguments.similarity_threshold,
-        attribution=arguments.attribution,
-        concepts=arguments.concepts,
-        calibration_samples=arguments.calibration_samples,
-        strict=True,
-    )
-    trainer = pl.Trainer(
-        accelerator="gpu" if arguments.device == "cuda" else "cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[first, polydis, last] if with_callback else [first, last],
-    )
-    with contextlib.redirect_stdout(io.StringIO()):  # the callback's table of results
-        trainer.validate(module, loader, verbose=False)
-    seconds = last.end - first.start
-    if not with_callback:
-        return Epoch(seconds)
-    report = polydis.report
-    assert report is not None
-    assert report.n_images == arguments.batches * arguments.batch_size, "some images were left out"
-    return Epoch(seconds, report.n_images, report.layers[0].n_candidates, len(report.channels))
+def _end(seconds: list[float], variant: str) -> str:
+    return "-" if variant == "bare" else f"{statistics.median(seconds):.2f}"
 
 
-def measure_time(arguments: argparse.Namespace) -> list[tuple[Epoch, Epoch]]:
-    """Epochs without and with the callback, in turns; the first of each is thrown away."""
-    module, loader = make_module(arguments), make_loader(arguments)
-    rounds = []
-    for repeat in range(arguments.repeats + 1):
-        order = (False, True) if repeat % 2 else (True, False)  # neither always comes first
-        epochs = {with_callback: validate(module, loader, arguments, with_callback) for with_callback in order}
-        rounds.append((epochs[False], epochs[True]))
-    return rounds[1:]
+def _network(name: str, arguments: argparse.Namespace) -> str:
+    return MODELS[name].name + (", compiled" if arguments.compile else "")
 
 
-def measure_memory(with_callback: bool) -> dict[str, float]:
-    """Largest memory of one validation epoch in a fresh process, in MiB."""
-    variant = "with" if with_callback else "without"
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", variant]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _target(variant: str, bare: float | None) -> str:
+    if variant not in TARGETS or bare is None:
+        return "-"
+    return f"{max(TARGETS[variant], bare + ABOVE_BARE):.2f}"
+
+
+def _memory(found: dict[str, float]) -> str:
+    return ", ".join(f"{value:.0f}{place}" for place, value in found.items()) or "-"
+
+
+def peak_memory(name: str, variant: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Largest memory of a short validation epoch in a fresh process, in MiB."""
+    own = [f"--{key.replace('_', '-')}={getattr(arguments, key)}" for key in ("device", "batch_size", "classes")]
+    own += [f"--image-size={arguments.image_size}", f"--models={name}", f"--memory-of={variant}"]
+    command = [sys.executable, __file__, *own, *["--compile"] * arguments.compile]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(answer.splitlines()[-1])
 
 
 def report_memory(arguments: argparse.Namespace) -> None:
     """Run one epoch and print this process's largest memory."""
-    validate(make_module(arguments), make_loader(arguments), arguments, arguments.memory_of == "with")
-    peak = {"resident": _peak_resident()}
+    Overhead(MODELS[arguments.models[0]], arguments, N_IMAGE_BATCHES).validate(arguments.memory_of)
+    peak = {"": peak_resident()}
     if arguments.device == "cuda":
-        peak["allocated on the GPU"] = torch.cuda.max_memory_allocated() / MEBIBYTE
+        peak[" on the GPU"] = torch.cuda.max_memory_allocated() / MEBIBYTE
     print(json.dumps(peak))
-
-
-def _peak_resident() -> float:
-    """Largest resident set in MiB; not ``ru_maxrss``, which a new process takes over from its parent."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
-
-
-def print_results(arguments: argparse.Namespace, rounds: list[tuple[Epoch, Epoch]]) -> None:
-    """The figures, and a markdown row of them."""
-    without, with_callback = ([epoch.seconds for epoch in epochs] for epochs in zip(*rounds, strict=True))
-    ratios = [b / a for a, b in zip(without, with_callback, strict=True)]
-    memory = {variant: measure_memory(variant) for variant in (False, True)}
-    found = rounds[0][1]
-    for place in memory[False]:
-        print(f"peak memory, {place}: {memory[False][place]:.0f} MiB without, {memory[True][place]:.0f} MiB with")
-    print(f"candidates: {found.n_candidates}, threads: {torch.get_num_threads()}")
-    cells = [
-        f"{arguments.model}{', compiled' if arguments.compile else ''}, {_kind(arguments)}",
-        f"`{MODELS[arguments.model][1]}`",
-        f"{found.n_images}",
-        f"{found.n_flagged}",
-        f"{statistics.median(without):.2f} s",
-        f"{statistics.median(with_callback):.2f} s",
-        f"{statistics.median(ratios):.3f}",
-        f"{min(ratios):.3f} to {max(ratios):.3f} (n={len(ratios)})",
-        *(f"{memory[variant][place]:.0f}" for variant in (False, True)),
-    ]
-    print("| model | layer | images | flagged | without | with | ratio | spread | MiB without | MiB with |")
-    print(f"| {' | '.join(cells)} |")
-
-
-def _kind(arguments: argparse.Namespace) -> str:
-    return arguments.attribution if arguments.concepts == "classes" else arguments.concepts
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), default="resnet50")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=DEFAULT_MODELS)
+    parser.add_argument("--variants", nargs="+", choices=["bare", *VARIANTS], default=["bare", "paper", "optimized"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count, after one that does not")
-    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count, after one that does not")
+    parser.add_argument("--batches", type=float, default=1, help="how long epochs are, relative to the usual length")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--relevance-threshold", type=float, default=0.03)
-    parser.add_argument("--similarity-threshold", type=float, default=None)
-    parser.add_argument("--attribution", default="gradient_x_input", help="or the name of a zennit composite")
     parser.add_argument("--calibration-samples", type=int, default=32, help="0: nothing is split")
-    parser.add_argument("--concepts", choices=["classes", "clusters"], default="classes")
     parser.add_argument(
         "--clock", choices=list(CLOCKS), default="wall", help="cpu: of this process, for busy machines and --threads 1"
     )
     parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--memory-of", choices=["with", "without"], default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", default=None, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -246,8 +316,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     if arguments.memory_of is not None:
         report_memory(arguments)
-    else:
-        print_results(arguments, measure_time(arguments))
+        return
+    print(table(HEADER, [row for name in arguments.models for row in measure(name, arguments)]))
 
 
 if __name__ == "__main__":

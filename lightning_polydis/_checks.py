@@ -26,6 +26,12 @@ def check_positive_int(name: str, value: Any, *, minimum: int = 1) -> None:
         raise InputError(f"Expected argument `{name}` to be an integer of at least {minimum}, but got {value!r}.")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Raise `ValueError` unless ``value`` is `True` or `False`."""
+    if not isinstance(value, bool):
+        raise InputError(f"Expected argument `{name}` to be True or False, but got {value!r}.")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise `ValueError` unless ``value`` is one of ``choices``."""
     choices = list(choices)

@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-import traceback
 import warnings
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_polydis._checks import InputError
+from lightning_polydis._failures import guarded
 from lightning_polydis._rehearsals import Rehearsals
 from lightning_polydis._trainer import chosen_loader, evaluated_loaders, is_wrapped, weights_note
 from lightning_polydis.analyses import Analysis, Judgement, analysis_for, judgement_for
 from lightning_polydis.thumbnails import normalisation_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     import lightning.pytorch as pl
 
     from lightning_polydis.evaluation import SplitQuality
     from lightning_polydis.plan import SplitPlan
     from lightning_polydis.report import PolysemanticityReport
     from lightning_polydis.settings import AnalysisSettings
-
-
-@contextmanager
-def in_lightnings_words() -> Iterator[None]:
-    """What the user can mend, as the exception that Lightning raises for it."""
-    try:
-        yield
-    except InputError as error:
-        raise MisconfigurationException(str(error)) from error
-
-
-@contextmanager
-def guarded(*, strict: bool, on_failure: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """What the user can mend raises in words; anything else raises only if ``strict``, and is a warning otherwise."""
-    try:
-        with in_lightnings_words():
-            yield
-    except MisconfigurationException:
-        on_failure()
-        raise
-    except Exception:  # whatever it is: no failure of ours may end a training run
-        on_failure()
-        if strict:
-            raise
-        # By any process: the others only learn that there was a failure.
-        warnings.warn(f"The analysis of this epoch failed and is dropped:\n{traceback.format_exc()}", stacklevel=3)
 
 
 class AnalysedEpoch:

@@ -13,21 +13,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_polydis._checks import InputError, check_positive_int
-from lightning_polydis._epoch import AnalysedEpoch, guarded, in_lightnings_words
+from lightning_polydis._checks import InputError, check_bool, check_positive_int
+from lightning_polydis._epoch import AnalysedEpoch
+from lightning_polydis._failures import guarded, in_lightnings_words
 from lightning_polydis._outputs import Outputs, split_trained
-from lightning_polydis._trainer import averaged_twins, check_optimizer_states, check_strategy, is_last_validation
+from lightning_polydis._preparation import RunPreparation
+from lightning_polydis._trainer import check_optimizer_states, check_strategy, is_last_validation
 from lightning_polydis.cards import EpochEntry, thinned
 from lightning_polydis.loggers import log_split_quality
 from lightning_polydis.plan import SplitPlan, of_one_kind
 from lightning_polydis.settings import AnalysisSettings
 from lightning_polydis.state import CallbackState
-from lightning_polydis.surgery import rebuild_splits, stored_plan
+from lightning_polydis.surgery import stored_plan
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch.utils.hooks import RemovableHandle
-
     from lightning_polydis.evaluation import SplitQuality
     from lightning_polydis.report import PolysemanticityReport
 
@@ -161,8 +160,8 @@ class ChannelDisentanglement(Callback):
                 raise InputError(
                     f"Expected argument `dataloader` to be a place, a key or None, but got {dataloader!r}."
                 )
-            if not isinstance(embeddings, bool):
-                raise InputError(f"Expected argument `embeddings` to be True or False, but got {embeddings!r}.")
+            for name, value in (("split", split), ("strict", strict), ("embeddings", embeddings)):
+                check_bool(name, value)
             if split and calibration_samples == 0:
                 raise InputError("`split=True` needs calibration samples, but got `calibration_samples=0`.")
         self.split = split
@@ -180,8 +179,7 @@ class ChannelDisentanglement(Callback):
         self._chosen: list[str] | None = None
         self._n_validations = 0
         self._has_fitted = False
-        self._inference_loops: list[Any] = []
-        self._load_hooks: list[RemovableHandle] = []
+        self._preparation: RunPreparation | None = None
         self._stage: str | None = None
 
     @property
@@ -206,10 +204,6 @@ class ChannelDisentanglement(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Relevances need gradients, which inference mode forbids for good; `no_grad` can be lifted for a while.
-        self._inference_loops = [loop for loop in (trainer.validate_loop, trainer.test_loop) if loop.inference_mode]
-        for loop in self._inference_loops:
-            loop.inference_mode = False
         self._n_validations = 0
         self._is_news = self._is_current = False
         self._chosen = None
@@ -221,11 +215,7 @@ class ChannelDisentanglement(Callback):
             self._applied = None
         with in_lightnings_words():
             self._check_for_doubles(trainer)
-        # A checkpoint of a split network finds the module unsplit; it is split just before the weights load.
-        self._load_hooks = [
-            module.register_load_state_dict_pre_hook(_rebuild_splits)
-            for module in (pl_module, *averaged_twins(trainer))
-        ]
+        self._preparation = RunPreparation(trainer, pl_module)
 
     def _check_for_doubles(self, trainer: pl.Trainer) -> None:
         wanted = [set(other._settings.layer_names or [""]) for other in _instances(trainer)]
@@ -269,12 +259,9 @@ class ChannelDisentanglement(Callback):
     def _give_back(self) -> None:
         """Hooks off, inference mode as it was."""
         self._drop_epoch()
-        for hook in self._load_hooks:
-            hook.remove()
-        self._load_hooks = []
-        for loop in self._inference_loops:
-            loop.inference_mode = True
-        self._inference_loops = []
+        if self._preparation is not None:
+            self._preparation.undo()
+        self._preparation = None
         self._stage = None
 
     def _drop_epoch(self) -> None:
@@ -409,9 +396,3 @@ class ChannelDisentanglement(Callback):
 
 def _instances(trainer: pl.Trainer) -> list[ChannelDisentanglement]:
     return [callback for callback in trainer.callbacks if isinstance(callback, ChannelDisentanglement)]  # type: ignore[attr-defined]
-
-
-def _rebuild_splits(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    with in_lightnings_words():
-        rebuild_splits(module, own)

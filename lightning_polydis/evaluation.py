@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import binary_auroc
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.layers import channel_outputs, flat_weight, source_contributions
+from lightning_polydis.layers import channel_outputs, flat_weight, reads_padding, source_contributions
 from lightning_polydis.membership import part_weights
 from lightning_polydis.processes import everyones, is_distributed
 from lightning_polydis.splitting import SplitLayer
@@ -130,7 +129,14 @@ class SplitEvaluator:
     def __init__(self, splits: Sequence[ChannelSplit]) -> None:
         self._tallies = [_Tally(split) for split in splits]
 
-    def update(self, layer: LinearLayer | SplitLayer, inputs: Tensor, targets: Tensor | None, relevant: Tensor) -> None:
+    def update(
+        self,
+        layer: LinearLayer | SplitLayer,
+        inputs: Tensor,
+        targets: Tensor | None,
+        relevant: Tensor,
+        places: Sequence[int] | None = None,
+    ) -> None:
         """Add images.
 
         Args:
@@ -138,9 +144,11 @@ class SplitEvaluator:
             inputs: Its inputs, ``[B, I, H, W]`` or ``[B, ..., I]``.
             targets: Class indices, ``[B]``; `None`: the splits' centres tell which concept an image belongs to.
             relevant: Which channels are relevant for which image, ``[B, C]``, boolean.
+            places: Add them only to some of the splits, by their place; `None`: to all.
         """
+        wanted = self._tallies if places is None else [self._tallies[place] for place in places]
         geometry = layer.expand if isinstance(layer, SplitLayer) else layer
-        for tallies in _chunks(self._tallies):
+        for tallies in _chunks(wanted):
             parts = [parts_of(layer, tally.split) for tally in tallies]
             weight = torch.cat([part.weight for part in parts]).to(inputs)
             biases = [part.bias for part in parts if part.bias is not None]
@@ -208,15 +216,17 @@ class _Tally:
 
     def add(self, outputs: Tensor, concepts: Tensor, relevant: Tensor) -> None:
         """Add the outputs ``[B, K + 2, P]`` of original, concepts and residual on images of some concepts."""
-        named = (concepts >= 0).to(outputs.device)
-        both = [(sign * outputs[named]).clamp(min=0).double().sum(2) for sign in (1, -1)]
-        self._activations.append(torch.stack(both, dim=2).cpu())
-        self._concepts.append(concepts[concepts >= 0])
-        self._relevant.append(relevant[named.to(relevant.device)].cpu())
-        remaining = outputs[~named].double()
+        named = concepts >= 0
+        if bool(named.any()):
+            shown = outputs[named.to(outputs.device)]
+            both = [(sign * shown).clamp_(min=0).sum(2, dtype=torch.float64) for sign in (1, -1)]
+            self._activations.append(torch.stack(both, dim=2).cpu())
+            self._concepts.append(concepts[named])
+            self._relevant.append(relevant[named.to(relevant.device)].cpu())
+        remaining = outputs[~named.to(outputs.device)]
         signs = torch.tensor(self._signs, device=outputs.device)[:, None]
-        original, parts = (signs * part for part in (remaining[:, :1], remaining[:, 1:-1]))
-        self._spurious += (parts.clamp(min=0) - original.clamp(min=0)).clamp_(min=0).sum((0, 2)).cpu()
+        original, parts = ((signs * part).clamp_(min=0) for part in (remaining[:, :1], remaining[:, 1:-1]))
+        self._spurious += (parts - original).clamp_(min=0).sum((0, 2), dtype=torch.float64).cpu()
         self._n_remaining += len(remaining)
 
     def merge(self, other: _Tally) -> None:
@@ -277,9 +287,10 @@ def nearest_concepts(
     if centres is None or floors is None:
         raise InputError("Expected a split of clusters, but got one of classes, which needs targets.")
     added = source_contributions(layer, inputs, weight.to(inputs), channel)
+    borders = reads_padding(layer, inputs)
     similarities = outputs.new_full((len(outputs), len(floors)), -torch.inf)
     for number, (sign, floor) in enumerate(zip(split.signs(), floors, strict=True)):
-        signed = sign * (outputs - split.zero)
+        signed = (sign * (outputs - split.zero)).masked_fill(borders, 0)
         vectors = sign * (added * (signed > 0)[..., None]).sum(1).to(outputs)
         likeness = F.normalize(vectors, dim=1) @ centres[number].to(outputs)
         enough = signed.clamp(min=0).sum(1) >= floor
@@ -293,8 +304,9 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> float | None:
 
 
 def _auroc(scores: Tensor, own: Tensor) -> float | None:
+    """Share of pairs of an own and another image in which the own one scores higher; equal ones count half."""
     if bool(own.all()) or not bool(own.any()):
         return None
-    # torchmetrics takes scores outside [0, 1] for logits, and its sigmoid would make large ones equal.
-    scaled = scores / scores.max().clamp(min=torch.finfo(scores.dtype).tiny)
-    return float(binary_auroc(scaled, own.long()))
+    others, wanted = scores[~own].sort().values, scores[own]
+    below = torch.searchsorted(others, wanted) + torch.searchsorted(others, wanted, right=True)
+    return float(below.double().mean()) / (2 * len(others))

@@ -54,6 +54,7 @@ def find_polysemantic_channels(
 
     Raises:
         ValueError: If a setting, a layer, a batch or the network's output is not as expected.
+        TypeError: If there is no setting of a name.
 
     Example:
         >>> import torch
@@ -65,7 +66,7 @@ def find_polysemantic_channels(
         >>> report.layers[0].name
         '2'
     """
-    checked = AnalysisSettings(layers=layers, **settings)
+    checked = AnalysisSettings.named(layers=layers, **settings)
     analysis = analysis_for(model, checked, normalisation=normalisation_of(batches))
     _run(model, batches, analysis, device, "Looking for polysemantic channels" if progress else None)
     analysis.gather()
@@ -146,8 +147,9 @@ def _run(
     description: str | None,
 ) -> int:
     """Show every batch to the network and the analysis; the number of batches."""
-    hidden = description is None or not Console().is_terminal
-    shown = track(batches, description or "", total=_length(batches), transient=True, disable=hidden)
+    shown = batches
+    if description is not None and Console().is_terminal:  # a disabled bar writes a line in older versions of rich
+        shown = track(batches, description, total=_length(batches), transient=True)
     count = 0
     eager = uncompiled() if is_compiled(model) else nullcontext()  # hooks are of no use in compiled code
     with _evaluating(model, device) as where, torch.inference_mode(False), torch.no_grad(), eager:

@@ -25,6 +25,9 @@ LinearLayer: TypeAlias = Convolution | nn.Linear
 KINDS: tuple[type[LinearLayer], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
+CACHED_ELEMENTS = 2**18
+"""Elements that a CPU works on together: they stay in its cache."""
+
 MIN_INPUTS_BY_DEFAULT = 8
 """A layer with fewer inputs per channel is never chosen by default: so short a vector says little about concepts."""
 
@@ -231,6 +234,30 @@ def _padded(layer: Convolution, inputs: Tensor) -> Tensor:
     return F.pad(inputs, [side for pad in reversed(pads) for side in pad], mode=mode)
 
 
+def reads_padding(layer: LinearLayer, inputs: Tensor) -> Tensor:
+    """Positions whose window reads zeros beyond the map's border.
+
+    Args:
+        layer: The layer.
+        inputs: ``[B, G * I, ...]`` for a convolution, ``[B, ..., I]`` for a linear layer; only the shape matters.
+
+    Returns:
+        ``[P]``, boolean, on the device of ``inputs``.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> reads_padding(nn.Conv1d(1, 8, 3, padding=1), torch.zeros(1, 1, 4))
+        tensor([ True, False, False,  True])
+    """
+    if isinstance(layer, nn.Linear):
+        return torch.zeros(inputs[0, ..., 0].numel(), dtype=torch.bool, device=inputs.device)
+    padded = _padded(layer, inputs.new_ones(1, 1, *inputs.shape[2:], dtype=torch.float32))
+    window = padded.new_ones(1, 1, *layer.kernel_size)
+    read = CONVOLVE[len(layer.kernel_size)](padded, window, None, layer.stride, 0, layer.dilation)
+    return read.flatten() < window.numel() - 0.5
+
+
 def channel_outputs(
     layer: LinearLayer, inputs: Tensor, weight: Tensor, bias: Tensor | None, channels: Sequence[int]
 ) -> Tensor:
@@ -290,50 +317,42 @@ def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, imag
     if not len(images):
         return inputs.new_zeros(0, inputs_per_channel(layer), dtype=torch.promote_types(inputs.dtype, torch.float32))
     inputs, gradient, weight = (at_least_single(part) for part in (inputs, gradient, flat_weight(layer)))
-    by_offset = weight.permute(2, 0, 1).contiguous()  # rows that lie together are picked much faster
     channels_first = gradient.movedim(-1, 1) if isinstance(layer, nn.Linear) else gradient
     flat = channels_first.flatten(2) if gradient.ndim > 2 else channels_first[..., None]
     dtype = torch.promote_types(flat.dtype, inputs.dtype)
+    by_offset = weight.permute(2, 0, 1).to(dtype).contiguous()  # rows that lie together are picked much faster
+    found = flat.new_empty(len(images), inputs_per_channel(layer), dtype=dtype)
     counts = torch.bincount(images, minlength=len(inputs)).tolist()
-    all_channels = torch.arange(channel_count(layer), device=channels.device)
-    found: list[Tensor | None] = [None] * len(inputs)
-    some = []
-    for image, own in enumerate(channels.split(counts)):
-        if torch.equal(own, all_channels):  # by itself: nothing is picked, and what is worked on stays in the cache
-            alone = inputs[image : image + 1]
-            found[image] = _relevances_of(layer, alone, flat[image : image + 1].to(dtype), [own], by_offset)
-        elif len(own):
-            some.append((image, own))
-    if some:
-        places, own_channels = [image for image, _ in some], [own for _, own in some]
-        parts = _relevances_of(layer, inputs[places], flat[places].to(dtype), own_channels, by_offset)
-        for image, part in zip(places, parts.split([len(own) for own in own_channels]), strict=True):
-            found[image] = part
-    return torch.cat([part for part in found if part is not None])
+    for image, (own, part) in enumerate(zip(channels.split(counts), found.split(counts), strict=True)):
+        if len(own):  # image by image: what is worked on stays in the cache
+            _relevances_of(layer, inputs[image : image + 1].to(dtype), flat[image].to(dtype), own, by_offset, part)
+    return found
 
 
 def _relevances_of(
-    layer: LinearLayer, inputs: Tensor, gradient: Tensor, channels: list[Tensor], by_offset: Tensor
+    layer: LinearLayer, inputs: Tensor, gradient: Tensor, channels: Tensor, by_offset: Tensor, found: Tensor
+) -> None:
+    """Relevances of some channels of one image: gradient ``[C, P]``, weights ``[k, C, I]``, results ``[n, I]``."""
+    reads, groups = torch.cat(list(_inputs_by_offset(layer, inputs))), group_count(layer)  # [k, I, P]
+    if groups > 1:  # whole groups are multiplied faster than the inputs of each channel are copied
+        products = (gradient.unflatten(0, (groups, -1)) @ reads.unflatten(1, (groups, -1)).mT).flatten(1, 2)
+        found.copy_((products[:, channels] * by_offset[:, channels]).sum(0))
+        return
+    is_all = torch.equal(channels, torch.arange(len(gradient), device=channels.device))  # by itself: nothing is picked
+    size = max(1, CACHED_ELEMENTS // reads[..., 0].numel()) if found.device.type == "cpu" else len(found)
+    for start in range(0, len(found), size):
+        part = slice(start, start + size)
+        own = part if is_all else channels[part]
+        products, weights = gradient[own] @ reads.mT, by_offset[:, own]
+        if len(weights) == 1:  # written once
+            torch.mul(products[0], weights[0], out=found[part])
+        else:
+            torch.sum(products.mul_(weights), 0, out=found[part])
+
+
+def source_contributions(
+    layer: LinearLayer, inputs: Tensor, weight: Tensor, channel: int, places: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """``[n, I]`` of some channels of each image: gradient ``[B, C, P]``, weights ``[k, C, I]``."""
-    together, groups = torch.cat(channels), group_count(layer)
-    # Of one image: several may share all channels between them.
-    is_all = len(channels) == 1 and torch.equal(together, torch.arange(gradient.shape[1], device=together.device))
-    own = [part if is_all else part[wanted] for part, wanted in zip(gradient, channels, strict=True)]
-    total = gradient.new_zeros(len(together), by_offset.shape[2])
-    for reads, weight in zip(_inputs_by_offset(layer, inputs), by_offset, strict=True):
-        reads = reads.to(gradient.dtype)
-        if groups == 1:
-            products = [part @ read.mT for part, read in zip(own, reads, strict=True)]
-        else:  # whole groups are multiplied faster than the inputs of each channel are copied
-            grouped = gradient.unflatten(1, (groups, -1)) @ reads.unflatten(1, (groups, -1)).mT
-            products = [part[wanted] for part, wanted in zip(grouped.flatten(1, 2), channels, strict=True)]
-        joined = products[0] if len(products) == 1 else torch.cat(products)
-        total.addcmul_(joined, (weight if is_all else weight[together]).to(total.dtype))
-    return total
-
-
-def source_contributions(layer: LinearLayer, inputs: Tensor, weight: Tensor, channel: int) -> Tensor:
     r"""What each input channel adds to a channel's output, position by position.
 
     :math:`y_{pk} = \sum_{ij} w_{kij} x_{k, p \oplus ij}`; the sum over ``k`` and the bias is the output.
@@ -343,9 +362,10 @@ def source_contributions(layer: LinearLayer, inputs: Tensor, weight: Tensor, cha
         inputs: ``[B, G * I, ...]`` for a convolution, ``[B, ..., I]`` for a linear layer.
         weight: The channel's weights, ``[I, k]``.
         channel: The channel.
+        places: Image and position of each place that is wanted, by their numbers, ``[n]`` each; `None`: all.
 
     Returns:
-        ``[B, P, I]``.
+        ``[B, P, I]``, or ``[n, I]`` of some places.
 
     Example:
         >>> import torch
@@ -354,8 +374,12 @@ def source_contributions(layer: LinearLayer, inputs: Tensor, weight: Tensor, cha
         tensor([[[3., 2.]]])
     """
     own = inputs if isinstance(layer, nn.Linear) else inputs[:, sources_of(layer, channel)]
-    by_offset = enumerate(_inputs_by_offset(layer, own))
-    return sum(read * weight[:, offset, None] for offset, read in by_offset).mT  # type: ignore[union-attr]
+    reads = _inputs_by_offset(layer, own)
+    if places is not None:
+        images, positions = places
+        return sum(read[images, :, positions] * weight[:, offset] for offset, read in enumerate(reads))  # type: ignore[return-value]
+    added = (read * weight[:, offset, None] for offset, read in enumerate(reads))
+    return sum(added).mT  # type: ignore[union-attr]
 
 
 def _inputs_by_offset(layer: LinearLayer, inputs: Tensor) -> Iterator[Tensor]:

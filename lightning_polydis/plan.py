@@ -87,6 +87,10 @@ class ChannelSplit:
                 f"{list(self.centres.shape)}."
             )
 
+    def __repr__(self) -> str:
+        name = "clusters" if self.centres is not None else "concepts"
+        return f"ChannelSplit({self.layer!r}, channel {self.channel}, {name} {self.concepts})"
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ChannelSplit) and self.to_json() == other.to_json()
 
@@ -144,6 +148,10 @@ class SplitPlan:
     """
 
     splits: list[ChannelSplit]
+
+    def __repr__(self) -> str:
+        counts = [f"{len(self.of_layer(name))} of {name!r}" for name in self.layers]
+        return f"SplitPlan(channels to split: {', '.join(counts) or 'none'})"
 
     def __len__(self) -> int:
         return len(self.splits)

@@ -16,7 +16,7 @@ from lightning_polydis.layers import flat_weight, sources_of
 from lightning_polydis.membership import paper_membership
 from lightning_polydis.plan import ChannelSplit
 from lightning_polydis.similarity import Similarities, grouped_similarities, plain_similarities
-from lightning_polydis.soft_membership import WantedSplit, soft_memberships
+from lightning_polydis.soft_membership import WantedSplit, evenly_spread, soft_memberships
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,11 @@ if TYPE_CHECKING:
     from lightning_polydis.statistics import ClassStatistics, Samples
     from lightning_polydis.vectors import ClassVectors
 
-SAMPLES_PER_STEP = 64
+MAX_SHARED = 512
+"""Held-out samples that all splits of a layer are judged on; beyond those each is judged on its own classes' only."""
+
+PIECE_ELEMENTS = 2**23
+"""Elements of layer inputs that are judged on together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +174,11 @@ def _paper_split(evidence: LayerEvidence, channel: int, concepts: list[list[int]
 
 @full_precision()
 def judge_splits(evidence: LayerEvidence | ClusterEvidence, splits: Sequence[ChannelSplit]) -> list[SplitQuality]:
-    """Quality of splits of one layer on the samples that took no part in choosing them (empty without such samples)."""
+    """Quality of splits of one layer on the samples that took no part in choosing them (empty without such samples).
+
+    Of more than 512 samples, evenly spread ones tell what a split does on classes that are part of no concept
+    (``spurious``); all other figures are about its own classes, and about all their samples.
+    """
     places: dict[LayerEvidence, list[int]] = {}
     for place, split in enumerate(splits):
         places.setdefault(evidence.of_channel(split.channel), []).append(place)
@@ -183,7 +191,15 @@ def judge_splits(evidence: LayerEvidence | ClusterEvidence, splits: Sequence[Cha
 
 def _judged(evidence: LayerEvidence, held_out: Samples, splits: Sequence[ChannelSplit]) -> list[SplitQuality]:
     evaluator = SplitEvaluator(splits)
-    for start in range(0, len(held_out), SAMPLES_PER_STEP):
-        part = held_out[start : start + SAMPLES_PER_STEP]
-        evaluator.update(evidence.layer, part.inputs, part.targets, part.relevant)
+
+    def show(samples: Samples, places: Sequence[int] | None = None) -> None:
+        for part in samples.in_pieces(PIECE_ELEMENTS):
+            evaluator.update(evidence.layer, part.inputs, part.targets, part.relevant, places)
+
+    by_all = torch.zeros(len(held_out), dtype=torch.bool)
+    by_all[evenly_spread(len(held_out), MAX_SHARED)] = True
+    show(held_out[by_all])
+    others = held_out[~by_all]
+    for place, split in enumerate(splits):
+        show(others.of_classes([label for concept in split.concepts for label in concept]), [place])
     return evaluator.compute()

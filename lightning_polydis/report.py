@@ -15,13 +15,11 @@ from lightning_polydis.cards import MAX_TRACKED, ChannelCard, EpochEntry, LayerO
 from lightning_polydis.clusters.evidence import ClusterEvidence
 from lightning_polydis.clusters.names import cluster_name
 from lightning_polydis.clusters.overview import cluster_overview
-from lightning_polydis.detection import PolysemanticChannel, PolysemanticPair
-from lightning_polydis.evaluation import SplitQuality
 from lightning_polydis.layers import find_layer
 from lightning_polydis.plan import ChannelSplit, SplitPlan
 from lightning_polydis.planning import LayerEvidence, judge_splits, plan_splits
+from lightning_polydis.report_json import report_fields, report_to_json
 from lightning_polydis.report_tables import console_table, markdown_table
-from lightning_polydis.summary import LayerSummary
 from lightning_polydis.sweep import LayerSweep, SuggestedSettings, suggest_settings, sweep_layer
 
 if TYPE_CHECKING:
@@ -31,6 +29,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from rich.table import Table
     from torch import Tensor, nn
+
+    from lightning_polydis.detection import PolysemanticChannel, PolysemanticPair
+    from lightning_polydis.evaluation import SplitQuality
+    from lightning_polydis.summary import LayerSummary
 
 MAX_CARDS = 20
 
@@ -81,6 +83,10 @@ class PolysemanticityReport:
     _saved_cards: list[ChannelCard] | None = field(default=None, repr=False)
     _saved_overviews: list[LayerOverview] | None = field(default=None, repr=False)
     _saved_names: dict[tuple[str, int], list[str]] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        counts = [f"{own.n_polysemantic} of {own.n_channels} of {own.name!r}" for own in self.layers]
+        return f"PolysemanticityReport({self.n_images} images; polysemantic channels: {', '.join(counts) or 'none'})"
 
     @cached_property
     def plan(self) -> SplitPlan | None:
@@ -324,32 +330,10 @@ class PolysemanticityReport:
 
         The quality of the splits and the sweeps are included if they were asked for before.
         """
-        has_sweeps, has_quality = self._has("sweeps"), self._has("quality")
-        return {
-            "settings": self.settings,
-            "n_images": self.n_images,
-            "n_images_left_out": self.n_images_left_out,
-            "class_names": self.class_names,
-            "notes": self.notes,
-            "layers": [asdict(layer) for layer in self.layers],
-            "channels": [asdict(channel) for channel in self.channels],
-            "pairs": [asdict(pair) for pair in self.pairs],
-            "quality": [quality.to_json() for quality in self.quality] if has_quality else None,
-            "sweeps": [sweep.to_json() for sweep in self.sweeps] if has_sweeps else None,
-            "history": [entry.to_json() for entry in self.history],
-            "cards": [card.to_json() for card in self.cards] if self._has("cards") else None,
-            "overviews": [overview.to_json() for overview in self.overviews] if self._has("overviews") else None,
-            "concept_names": self._names_to_json(),
-        }
+        return report_to_json(self)
 
-    def _names_to_json(self) -> list[list[Any]] | None:
-        """Layer, channel and names; `None` for groups of classes, which name themselves."""
-        if not self.has_clusters:
-            return None
-        return [[layer, channel, names] for (layer, channel), names in self.concept_names.items()]
-
-    def _has(self, name: str) -> bool:
-        """Whether something that takes time was asked for before, or came from a file."""
+    def holds(self, name: str) -> bool:
+        """Whether something that takes time (``"quality"``, ``"cards"``) was asked for before, or came from a file."""
         return name in self.__dict__ or getattr(self, f"_saved_{name}") is not None
 
     @staticmethod
@@ -365,24 +349,7 @@ class PolysemanticityReport:
     @staticmethod
     def from_json(document: dict[str, Any]) -> PolysemanticityReport:
         """The report that `to_json` described."""
-        quality, sweeps = document["quality"], document.get("sweeps")
-        cards, overviews, names = document.get("cards"), document.get("overviews"), document.get("concept_names")
-        return PolysemanticityReport(
-            layers=[LayerSummary(**layer) for layer in document["layers"]],
-            channels=[_channel_from_json(channel) for channel in document["channels"]],
-            pairs=[_pair_from_json(pair) for pair in document["pairs"]],
-            settings=document["settings"],
-            n_images=document["n_images"],
-            n_images_left_out=document["n_images_left_out"],
-            class_names=document["class_names"],
-            notes=document["notes"],
-            _saved_quality=None if quality is None else [SplitQuality.from_json(entry) for entry in quality],
-            history=[EpochEntry.from_json(entry) for entry in document.get("history", [])],
-            _saved_sweeps=None if sweeps is None else [LayerSweep(**sweep) for sweep in sweeps],
-            _saved_cards=None if cards is None else [ChannelCard.from_json(card) for card in cards],
-            _saved_overviews=None if overviews is None else [LayerOverview.from_json(part) for part in overviews],
-            _saved_names=None if names is None else {(layer, channel): own for layer, channel, own in names},
-        )
+        return PolysemanticityReport(**report_fields(document))
 
     def to_markdown(self, max_rows: int | None = None) -> str:
         """The report as markdown: a summary of each layer and a table of the polysemantic channels.
@@ -426,14 +393,3 @@ class PolysemanticityReport:
     def known_quality(self) -> list[SplitQuality]:
         """The quality of the splits, if it was asked for before; else empty."""
         return self.__dict__.get("quality", self._saved_quality) or []
-
-
-def _channel_from_json(content: dict[str, Any]) -> PolysemanticChannel:
-    contents = content.get("contents")
-    pairs = None if contents is None else [[(int(label), float(share)) for label, share in own] for own in contents]
-    return PolysemanticChannel(**{**content, "contents": pairs})
-
-
-def _pair_from_json(content: dict[str, Any]) -> PolysemanticPair:
-    interval = content["interval"]
-    return PolysemanticPair(**{**content, "interval": None if interval is None else tuple(interval)})

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from lightning_polydis._checks import InputError, check_choice, check_in_range, check_positive_int
+from lightning_polydis._checks import InputError, check_choice, check_in_range, check_positive_int, closest_names
 from lightning_polydis.thumbnails import check_denormalize
 
 if TYPE_CHECKING:
@@ -85,6 +85,20 @@ class AnalysisSettings:
     target_fn: Callable[[Any], Any] | None = None
     logits_fn: Callable[[Any], Any] | None = None
     describe_fn: Callable[[Any], str] | None = None
+
+    @classmethod
+    def named(cls, **settings: Any) -> AnalysisSettings:
+        """Settings of names that nobody has checked.
+
+        Raises:
+            TypeError: If there is no setting of a name, as Python says it of an argument.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                close = closest_names(name, known) or ", ".join(f"`{other}`" for other in known)
+                raise TypeError(f"Expected settings of the analysis, but got `{name}`. Closest names: {close}.")
+        return cls(**settings)
 
     def __post_init__(self) -> None:
         self._check_layers()

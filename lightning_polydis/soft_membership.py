@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_polydis.box_newton import HingedLeastSquares, minimise_in_box
-from lightning_polydis.layers import flat_weight, inputs_per_channel, source_contributions
+from lightning_polydis.layers import channel_outputs, flat_weight, inputs_per_channel, source_contributions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Sequence
 
     from lightning_polydis.layers import LinearLayer
     from lightning_polydis.statistics import Samples
@@ -22,14 +22,14 @@ SPURIOUS_WEIGHT = 1.0
 MAX_IMAGES = 64
 """Images of each concept, and of all remaining classes together, that have a say."""
 
-MAX_ROWS = 2**15
-"""Positions, over all images of a channel, that have a say; of larger maps a fixed random part."""
+PROBLEM_ELEMENTS = 2**19
+"""Size of a problem, positions times sources: of larger maps some positions stand for all."""
 
-CHANNEL_ELEMENTS = 2**25
-"""Size that the problems of one channel may have together; of wide layers fewer positions have a say."""
+LEAST_ROWS = 320
+"""Positions of each concept, and of the remaining classes, that may have a say however many sources there are."""
 
-BATCH_ELEMENTS = 2**25
-"""Size of the problems that are solved together; bounds memory at three to four times 256 MiB."""
+CHUNK_ELEMENTS = 2**24
+"""Elements of layer inputs that are looked at together; bounds memory."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,22 @@ class ChannelRows:
     Attributes:
         contributions: Of each source to the channel's output, ``[R, I]``, ``float64``.
         concepts: The concept that each position's image belongs to, -1 for the remaining classes, ``[R]``.
+        counts: How many positions each row stands for, ``[R]``.
+        totals: Positions of all images of each concept and, last, of the remaining classes, ``[K + 1]``.
         directions: Of the concepts, ``[K]``.
         bias: The channel's bias.
     """
 
     contributions: Tensor
     concepts: Tensor
+    counts: Tensor
+    totals: Tensor
     directions: Tensor
     bias: float
 
 
 def soft_memberships(layer: LinearLayer, wanted: Sequence[WantedSplit], leak_weight: float) -> list[Tensor]:
-    r"""Memberships of the sources of some channels, all solved for together.
+    r"""Memberships of the sources of some channels, each solved for by itself.
 
     With :math:`d_i` the channel computed from weights :math:`m_{ik} w_k` and the bias, :math:`z` the channel itself and
     :math:`s_i` the direction in which concept :math:`i` uses it, :math:`m_i \in [0, 1]^I` minimises the sum of three
@@ -83,6 +87,11 @@ def soft_memberships(layer: LinearLayer, wanted: Sequence[WantedSplit], leak_wei
     projected gradient is 1e-9 of the largest gradient at the start, or as far as thirty Newton steps and rounding let:
     with far fewer active positions than sources the minimum is flat, and its last percent not worth the time.
 
+    The means are over at most 64 images of each concept and of the remaining classes. Of their positions as many have a
+    say as a problem may hold (about 1000 with 512 sources, 8000 with 64): drawn, always the same ones, with chances in
+    proportion to the square of :math:`\sum_k |w_k x_k| + |b|`, the most that the channel could put out there, and
+    weighted by one over their chances, so that the sums are on average those of all positions.
+
     Args:
         layer: The layer, on the CPU.
         wanted: What to split, and by which images.
@@ -91,33 +100,19 @@ def soft_memberships(layer: LinearLayer, wanted: Sequence[WantedSplit], leak_wei
     Returns:
         For each wanted split the membership ``[K, I]``, ``float32``.
     """
-    # One channel may be wanted in several ways: results are kept by place.
-    rows = ((place, channel_rows(layer, split)) for place, split in enumerate(wanted))
-    found: dict[int, Tensor] = {}
-    for batch in _batches(rows):
-        problems = [membership_problem(part, concept, leak_weight) for _, part in batch for concept in _concepts(part)]
-        solutions = iter(minimise_in_box(_stacked(problems)).values.float())
-        for place, part in batch:
-            found[place] = torch.stack([next(solutions) for _ in _concepts(part)])
-    return [found[place] for place in range(len(wanted))]
+    n_threads = torch.get_num_threads()
+    try:
+        # The work on one channel is too little to be shared: each thread takes a channel.
+        with ThreadPoolExecutor(n_threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+            return list(pool.map(lambda split: _memberships(layer, split, leak_weight), wanted))
+    finally:
+        torch.set_num_threads(n_threads)
 
 
-def _concepts(rows: ChannelRows) -> range:
-    return range(len(rows.directions))
-
-
-def _batches(rows: Iterable[tuple[int, ChannelRows]]) -> Iterator[list[tuple[int, ChannelRows]]]:
-    """Channels whose problems, padded to the longest, fit into `BATCH_ELEMENTS`; at least one at a time."""
-    batch: list[tuple[int, ChannelRows]] = []
-    for entry in rows:
-        together = [*batch, entry]
-        longest = max(part.contributions.numel() for _, part in together)
-        if batch and longest * sum(len(_concepts(part)) for _, part in together) > BATCH_ELEMENTS:
-            yield batch
-            together = [entry]
-        batch = together
-    if batch:
-        yield batch
+def _memberships(layer: LinearLayer, split: WantedSplit, leak_weight: float) -> Tensor:
+    rows = channel_rows(layer, split)
+    problems = (membership_problem(rows, concept, leak_weight) for concept in range(len(split.concepts)))
+    return torch.stack([minimise_in_box(problem).values.float() for problem in problems])
 
 
 def channel_rows(layer: LinearLayer, split: WantedSplit) -> ChannelRows:
@@ -126,73 +121,79 @@ def channel_rows(layer: LinearLayer, split: WantedSplit) -> ChannelRows:
     named = [label for concept in split.concepts for label in concept]
     groups = [samples.of_classes(concept) for concept in split.concepts]
     rest = samples[~torch.isin(samples.targets, torch.tensor(named))]
-    kept = [_thinned(part, MAX_IMAGES) for part in (*groups, rest)]
-    n_images = sum(map(len, kept))
-    n_rows = min(MAX_ROWS, CHANNEL_ELEMENTS // (inputs_per_channel(layer) * len(groups)))
-    max_positions = max(1, n_rows // max(n_images, 1))
-    contributions, owners = [], []
-    for concept, part in zip((*range(len(groups)), -1), kept, strict=True):
-        values = _contributions(layer, split.channel, part, max_positions)
-        contributions.append(values)
-        owners.append(torch.full((len(values),), concept))
     bias = 0.0 if layer.bias is None else float(layer.bias.detach()[split.channel])
+    n_rows = max(LEAST_ROWS, PROBLEM_ELEMENTS // (inputs_per_channel(layer) * (len(groups) + 1)))
+    found = [_rows(layer, split.channel, _thinned(part, MAX_IMAGES), bias, n_rows) for part in (*groups, rest)]
+    contributions, counts = (torch.cat(parts) for parts in list(zip(*found, strict=True))[:2])
+    numbers = torch.tensor([*range(len(groups)), -1])
+    owners = numbers.repeat_interleave(torch.tensor([len(own) for _, own, _ in found]))
+    totals = torch.tensor([total for *_, total in found])
     directions = torch.tensor(list(split.directions), dtype=torch.float64)
-    return ChannelRows(torch.cat(contributions), torch.cat(owners), directions, bias)
+    return ChannelRows(contributions, owners, counts, totals, directions, bias)
 
 
 def _thinned(samples: Samples, n_images: int) -> Samples:
-    """At most so many images, evenly spread."""
-    if len(samples) <= n_images:
-        return samples
-    return samples[torch.linspace(0, len(samples) - 1, n_images, dtype=torch.float64).round().long()]
+    """At most so many images."""
+    return samples if len(samples) <= n_images else samples[evenly_spread(len(samples), n_images)]
 
 
-def _contributions(layer: LinearLayer, channel: int, samples: Samples, max_positions: int) -> Tensor:
-    """Of each source at some positions of each image, ``[R, I]``, ``float64``."""
+def evenly_spread(total: int, n_wanted: int) -> Tensor:
+    """At most so many of the numbers below ``total``, evenly spread, ascending."""
+    return torch.linspace(0, total - 1, min(total, n_wanted), dtype=torch.float64).round().long()
+
+
+def _rows(layer: LinearLayer, channel: int, samples: Samples, bias: float, n_rows: int) -> tuple[Tensor, Tensor, int]:
+    """Contributions of each source at some positions, ``[R, I]``, how many each stands for, and how many there are."""
     weight = flat_weight(layer)[channel].double()
-    draw = torch.Generator().manual_seed(0)
-    pieces = [weight.new_empty(0, len(weight))]
-    for start in range(len(samples)):  # image by image: all positions of all images may be a lot
-        values = source_contributions(layer, samples[start : start + 1].inputs.double(), weight, channel)[0]
-        if len(values) > max_positions:
-            values = values[torch.randperm(len(values), generator=draw)[:max_positions]]
-        pieces.append(values)
-    return torch.cat(pieces)
+    if not len(samples):
+        return weight.new_empty(0, len(weight)), weight.new_empty(0), 0
+    absolute = weight.abs()[None].to(samples[:1].inputs)
+    pieces = list(samples.in_pieces(CHUNK_ELEMENTS))
+    found = (channel_outputs(layer, part.inputs.abs(), absolute, None, [channel])[:, 0] for part in pieces)
+    reaches = torch.cat(list(found)).double() + abs(bias)
+    chances = inclusion_chances(reaches.flatten() ** 2, n_rows)
+    chosen = systematic_sample(chances)
+    images, positions = chosen // reaches.shape[1], chosen % reaches.shape[1]
+    contributions, start = [], 0
+    for part in pieces:
+        inside = (images >= start) & (images < start + len(part))
+        places = (images[inside] - start, positions[inside])
+        contributions.append(source_contributions(layer, part.inputs, weight, channel, places))
+        start += len(part)
+    return torch.cat(contributions), 1 / chances[chosen], len(chances)
+
+
+def inclusion_chances(sizes: Tensor, n_wanted: int) -> Tensor:
+    """Chances in proportion to sizes, 1 at most, that add up to so many (or to all that have a size)."""
+    if int((sizes > 0).sum()) <= n_wanted:
+        return (sizes > 0).double()
+    ordered = sizes.sort(descending=True).values
+    rest = ordered.flip(0).cumsum(0).flip(0)
+    room = n_wanted - torch.arange(len(sizes))
+    certain = int((ordered * room <= rest).int().argmax())  # so many of the largest are taken in any case
+    return (sizes * (room[certain] / rest[certain])).clamp(max=1)
+
+
+def systematic_sample(chances: Tensor) -> Tensor:
+    """Numbers drawn with these chances, ascending, evenly spread over the order; always the same ones."""
+    count = (chances.cumsum(0) + 0.5).floor()
+    return count.diff(prepend=count.new_zeros(1)).nonzero()[:, 0]
 
 
 def membership_problem(rows: ChannelRows, concept: int, leak_weight: float) -> HingedLeastSquares:
-    """The loss of one concept as hinged least squares, see `soft_memberships`; a batch of one."""
+    """The loss of one concept as hinged least squares, see `soft_memberships`."""
     own, rest = rows.concepts == concept, rows.concepts < 0
+    others = ~own & ~rest
     direction = rows.directions[torch.where(rest, concept, rows.concepts)]
     positive = (direction * (rows.contributions.sum(1) + rows.bias)).clamp(min=0)
+    n_own, n_rest = int(rows.totals[concept]), int(rows.totals[-1])
+    own_energy, other_energy = ((rows.counts * positive**2)[part].sum() for part in (own, others))
     weights = torch.zeros_like(positive)
-    own_scale = _mean_square(positive[own])
-    terms = ((own, 1.0, own_scale), (rest, SPURIOUS_WEIGHT, own_scale))
-    others = ~own & ~rest
-    for where, weight, scale in (*terms, (others, leak_weight, _mean_square(positive[others]))):
-        if scale > 0 and bool(where.any()):
-            weights[where] = weight / (scale * int(where.sum()))
+    if own_energy > 0:
+        weights[own] = 1 / own_energy
+        weights[rest] = SPURIOUS_WEIGHT * n_own / (max(n_rest, 1) * own_energy)
+    if other_energy > 0:
+        weights[others] = leak_weight / other_energy
+    weights *= rows.counts
     goals = torch.where(others, 0, positive) - direction * rows.bias
-    signed = direction[:, None] * rows.contributions
-    parts = (signed, goals, weights, own & (positive > 0))
-    return HingedLeastSquares(*(part[None] for part in parts))
-
-
-def _mean_square(values: Tensor) -> float:
-    return float((values**2).mean()) if len(values) else 0.0
-
-
-def _stacked(problems: Sequence[HingedLeastSquares]) -> HingedLeastSquares:
-    """One batch of all problems, padded with rows of no weight."""
-    longest = max(problem.goals.shape[1] for problem in problems)
-
-    def joined(parts: list[Tensor]) -> Tensor:
-        pads = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
-        return torch.cat([F.pad(part, pad) for part, pad in zip(parts, pads, strict=True)])
-
-    return HingedLeastSquares(
-        joined([problem.rows for problem in problems]),
-        joined([problem.goals for problem in problems]),
-        joined([problem.weights for problem in problems]),
-        joined([problem.two_sided for problem in problems]),
-    )
+    return HingedLeastSquares(direction[:, None] * rows.contributions, goals, weights, own & (positive > 0))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import torch
@@ -14,9 +12,10 @@ from lightning_polydis.layers import LinearLayer, channel_count, group_count, in
 from lightning_polydis.membership import part_weights
 from lightning_polydis.merging import MergeChannels, StructuredModule
 from lightning_polydis.plan import ChannelSplit, check_fits
+from lightning_polydis.split_buffers import buffers_of, stored_splits, structure_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 Layer = TypeVar("Layer", nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -51,31 +50,13 @@ class _SplitLayer(StructuredModule, Generic[Layer]):
 
     def _register_structure(self, layer: LinearLayer, splits: Sequence[ChannelSplit]) -> None:
         device = layer.weight.device
-        rows = [(row, label) for row, concept in enumerate(c for s in splits for c in s.concepts) for label in concept]
-        ratios = [float("nan") if split.rho is None else split.rho for split in splits]
-        self.register_structure("channels", _integers([split.channel for split in splits], device))
-        self.register_structure("n_concepts", _integers([len(split.concepts) for split in splits], device))
-        self.register_structure("concept_classes", _integers(rows, device).view(-1, 2))
-        self.register_buffer("rho", torch.tensor(ratios, dtype=torch.float32, device=device))
-        signs = [sign for split in splits for sign in split.directions or [0] * len(split.concepts)]
-        self.register_structure("concept_directions", _integers(signs, device))
-        membership = [split.membership for split in splits] or [torch.empty(0, inputs_per_channel(layer))]
-        self.register_buffer("membership", torch.cat(membership).to(device))
-        self._register_centres(splits, device)
+        for name, tensor in structure_of(splits, device).items():
+            self.register_structure(name, tensor)
+        for name, tensor in buffers_of(splits, inputs_per_channel(layer), device).items():
+            self.register_buffer(name, tensor)
         self.register_buffer("original_weight", layer.weight.detach()[self.channels].clone())
         bias = None if layer.bias is None else layer.bias.detach()[self.channels].clone()
         self.register_buffer("original_bias", bias)
-
-    def _register_centres(self, splits: Sequence[ChannelSplit], device: torch.device) -> None:
-        """What tells clusters apart, if there are any; NaN for splits by classes."""
-        if all(split.centres is None for split in splits):
-            return
-        unknown = [torch.full_like(split.membership, torch.nan) for split in splits]
-        centres = [own if split.centres is None else split.centres for split, own in zip(splits, unknown, strict=True)]
-        floors = [floor for split in splits for floor in split.floors or [math.nan] * len(split.concepts)]
-        self.register_buffer("concept_centres", torch.cat(centres).to(device))
-        self.register_structure("concept_floors", _bits(floors, device))
-        self.register_structure("channel_zeros", _bits([split.zero for split in splits], device))
 
     def _most_extra(self) -> int:
         """Appended channels of each group: as many as the group that needs most of them has."""
@@ -236,20 +217,6 @@ class _SplitLayer(StructuredModule, Generic[Layer]):
         return f"split_channels={self.channels.tolist()}"
 
 
-def _bits(values: Sequence[float], device: torch.device) -> Tensor:
-    """Numbers as their bits, which stay what they are in a layer of half precision, whose largest one is too small."""
-    return torch.tensor(values, dtype=torch.float32, device=device).view(torch.int32)
-
-
-def _numbers(bits: Tensor | None) -> list[float] | None:
-    """What `_bits` has made, to nine digits."""
-    return None if bits is None else [float(f"{value:.9g}") for value in bits.cpu().view(torch.float32).tolist()]
-
-
-def _integers(values: Sequence[Any], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.long, device=device)
-
-
 def _fold(parts: Tensor) -> Tensor:
     """Concepts minus residual, ``[K + 1, ...]`` -> ``[...]``, summed in ``float64``."""
     wide = parts.double()
@@ -382,30 +349,3 @@ def _accept_unsplit_state(module: nn.Module, state_dict: dict[str, Any], prefix:
     if biases is not None:
         state_dict[f"{prefix}expand.bias"] = biases
         state_dict[f"{prefix}original_bias"] = bias[channels]
-
-
-def stored_splits(buffers: Mapping[str, Tensor], layer_name: str) -> list[ChannelSplit]:
-    """The splits that the entries of a split layer in a state dict describe."""
-    counts = buffers["n_concepts"].tolist()
-    concepts: list[list[int]] = [[] for _ in range(sum(counts))]
-    for row, label in buffers["concept_classes"].tolist():
-        concepts[row].append(label)
-    memberships = buffers["membership"].float().cpu().split(counts)
-    directions: list[int] = buffers["concept_directions"].tolist()
-    centres = buffers.get("concept_centres")
-    floors, zeros = (_numbers(buffers.get(name)) for name in ("concept_floors", "channel_zeros"))
-    splits: list[ChannelSplit] = []
-    first = 0
-    for channel, membership, rho in zip(
-        buffers["channels"].tolist(), memberships, buffers["rho"].tolist(), strict=True
-    ):
-        last = first + len(membership)
-        ratio = None if math.isnan(rho) else round(rho, 6)  # NaN marks a split without a ratio, 0 one without a sign
-        signs = directions[first:last] if all(directions[first:last]) else None
-        split = ChannelSplit(layer_name, channel, concepts[first:last], membership, ratio, signs)
-        if centres is not None and floors and zeros and not math.isnan(floors[first]):
-            own = centres[first:last].float().cpu()
-            split = replace(split, centres=own, floors=floors[first:last], zero=zeros[len(splits)])
-        splits.append(split)
-        first = last
-    return splits

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from lightning_polydis.thumbnails import as_large_as
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 
 def relevant_channels(relevance: Tensor, relevance_threshold: float) -> Tensor:
@@ -216,7 +216,7 @@ class Samples:
     @property
     def inputs(self) -> Tensor:
         """``[n, I, H, W]`` or ``[n, ..., I]``, a copy."""
-        return self._inputs[self._rows]
+        return self._inputs.index_select(0, self._rows)  # several times faster than an index
 
     @property
     def targets(self) -> Tensor:
@@ -244,6 +244,12 @@ class Samples:
     def __getitem__(self, index: Tensor | slice) -> Samples:
         rows = self._rows[index]
         return Samples(self._inputs, self._all_targets, self._relevant, rows, self._thumbnails, self._labels)
+
+    def in_pieces(self, n_elements: int) -> Iterator[Samples]:
+        """The samples in pieces whose inputs together have at most so many elements, or of one sample each."""
+        size = max(1, n_elements // max(1, self._inputs[0].numel())) if len(self) else 1
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
 
     def of_classes(self, classes: Sequence[int]) -> Samples:
         """Only the images of some classes."""
@@ -380,7 +386,7 @@ def _first_seen(pieces: list[Tensor]) -> Tensor:
 
 
 def _of_one_size(pieces: list[Tensor]) -> Tensor:
-    return torch.cat([as_large_as(_first_seen(pieces), piece) for piece in pieces])
+    return _joined([as_large_as(_first_seen(pieces), piece) for piece in pieces])
 
 
 def _ranks(targets: Tensor) -> list[int]:

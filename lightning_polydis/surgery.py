@@ -12,7 +12,8 @@ from lightning_polydis._checks import InputError
 from lightning_polydis.forward import quiet_copy
 from lightning_polydis.layers import channel_count, find_layer, input_count, inputs_per_channel, plain_copy
 from lightning_polydis.plan import ChannelSplit, SplitPlan, check_fits, checked_plan
-from lightning_polydis.splitting import SplitLayer, split_layer, stored_splits
+from lightning_polydis.split_buffers import stored_splits
+from lightning_polydis.splitting import SplitLayer, split_layer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

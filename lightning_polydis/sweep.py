@@ -117,16 +117,15 @@ def _counted(
     flags = np.zeros((len(relevant), 2, len(similarities)), dtype=int)
     for channel in np.flatnonzero(total >= 2).tolist():
         classes = np.flatnonzero(loosest[:, channel]).tolist()
-        rows, columns = np.triu_indices(len(classes), k=1)
-        own = anywhere[:, classes, channel]
-        pairs = (own[:, rows] & own[:, columns]).astype(np.float32)  # [cells, pairs]
+        own = anywhere[:, classes, channel].astype(np.float32)  # [cells, T]
         found = evidence.similarities(channel, classes)
-        cosines, compared = found.cosine[rows, columns], rule.compared(found)[rows, columns]
-        low = [
-            compared < rule.threshold(channel) if isinstance(value, str) else cosines < value for value in similarities
-        ]
-        n_flagged = (pairs @ np.stack(low, axis=1).astype(np.float32)).round().astype(int)  # [cells, S]
-        n_pairs = pairs.sum(1).round().astype(int)
+        compared, threshold = rule.compared(found), rule.threshold(channel)
+        low = [compared < threshold if isinstance(value, str) else found.cosine < value for value in similarities]
+        # Pairs are counted by products of matrices, as a channel may have hundreds of classes: [S, cells, T].
+        partners = own @ np.triu(np.stack(low), k=1).astype(np.float32)
+        n_flagged = (partners * own).sum(2).T.round().astype(int)  # [cells, S]
+        n_own = own.sum(1).astype(int)
+        n_pairs = n_own * (n_own - 1) // 2
         candidates += np.stack([n_pairs > 0, n_pairs], axis=1)
         flags += np.stack([n_flagged > 0, n_flagged], axis=1)
     return candidates, flags

@@ -122,6 +122,8 @@ def check_denormalize(value: Any) -> None:
             "Expected argument `denormalize` to be a function, a pair of means and standard deviations of the 1 or 3 "
             f"colours, or None, but got {value!r}."
         )
+    if not all(0 < deviation < math.inf for deviation in numbers[1]):
+        raise InputError(f"Expected the standard deviations of `denormalize` to be above 0, but got {value[1]!r}.")
 
 
 def normalisation_of(loaders: Any, place: int = 0) -> Normalisation | None:

@@ -127,6 +127,7 @@ class RelevanceVectors(Metric):
         self._hits = torch.empty(0)  # how often each channel was relevant for each class, [K, C], with an entry or not
         self._n_images = torch.empty(0)  # of each class, [K]
         self._n_used = 0
+        self._free = torch.empty(0, dtype=torch.long)  # rows that hold no entry, ascending
         self._turns: dict[int, int] = {}  # images of each class that were given to a group
         self._full: set[int] = set()  # classes with entries for all channels
 
@@ -161,6 +162,7 @@ class RelevanceVectors(Metric):
         self.keys.append(torch.full((rows,), FREE, device=device))
         self.sums.append(_zeros((rows, self.n_groups, self.n_inputs), device))
         self.counts.append(_zeros((rows, self.n_groups), device))
+        self._free = torch.arange(rows, device=device)
         self._slots = torch.full(shape, FREE, device=device)
         self._hits, self._n_images = (torch.zeros(s, dtype=torch.float32, device=device) for s in (shape, shape[:1]))
 
@@ -182,7 +184,7 @@ class RelevanceVectors(Metric):
         """New entries, as far as there is room for them or they are more likely than others."""
         if self._n_used + len(keys) > self.max_entries:
             keys = self._make_way(keys)
-        rows = (self.keys[0] == FREE).nonzero()[: len(keys), 0]
+        rows, self._free = self._free[: len(keys)], self._free[len(keys) :]
         self.keys[0][rows] = keys
         self._slots.view(-1)[keys] = rows
         self._n_used += len(keys)
@@ -207,6 +209,7 @@ class RelevanceVectors(Metric):
         for values in (self.sums[0], self.counts[0]):
             values[rows] = 0
         self._n_used -= len(rows)
+        self._free = torch.cat([rows, self._free]).sort().values
 
     def update(self, vectors: Tensor, images: Tensor, channels: Tensor, targets: Tensor) -> None:
         """Add a batch.
@@ -239,8 +242,13 @@ class RelevanceVectors(Metric):
         """The sums of all processes, on the CPU."""
         if isinstance(self.keys, list) and not self.keys:  # not a single usable batch
             self._make_room(torch.device("cpu"))
-        keys, sums, counts = (dim_zero_cat(state).cpu() for state in (self.keys, self.sums, self.counts))
+        keys, sums, counts = (_whole(state).cpu() for state in (self.keys, self.sums, self.counts))
         return ClassVectors(keys, sums, counts, self.n_channels)
+
+
+def _whole(state: Tensor | list[Tensor]) -> Tensor:
+    """All rows of a state, which in a single process is one piece; a copy of that would be a lot."""
+    return state[0] if isinstance(state, list) and len(state) == 1 else dim_zero_cat(state)
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:

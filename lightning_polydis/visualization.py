@@ -157,8 +157,10 @@ def _own_surroundings(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _progress_bar(total: int, shown: bool) -> Iterator[Callable[[], None]]:
-    hidden = not shown or not Console().is_terminal
-    with Progress(transient=True, disable=hidden) as bar:
+    if not shown or not Console().is_terminal:
+        yield lambda: None  # a disabled bar writes a line in older versions of rich
+        return
+    with Progress(transient=True) as bar:
         task = bar.add_task("Drawing channels", total=total)
         yield lambda: bar.advance(task)
 

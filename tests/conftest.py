@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
-from tests.networks import conv_relu_net, train_briefly
+from tests.networks import Classifier, conv_relu_net, train_briefly
 
 quick = [Phase.explicit, Phase.generate]  # to make a failing example smaller takes minutes: nightly
 settings.register_profile("ci", max_examples=15, deadline=None, derandomize=True, phases=quick)
@@ -32,3 +32,10 @@ def net():
 @pytest.fixture(scope="module")
 def state(net):
     return copy.deepcopy(net.state_dict())
+
+
+@pytest.fixture
+def module(state):
+    module = Classifier()
+    module.net.load_state_dict(state)
+    return module

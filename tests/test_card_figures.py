@@ -250,7 +250,8 @@ def test_similarities_are_drawn_with_what_was_flagged_and_the_threshold():
     assert (list(line.get_xdata()), line.get_label()) == ([0.4, 0.4], "threshold 0.40")
     (axes,) = similarity_figure(make_overview(thresholds=(0.3, 0.45))).axes
     band = axes.patches[-1]
-    assert (band.get_x(), band.get_width()) == pytest.approx((0.3, 0.15))
+    (left, _), (right, _) = band.get_path().get_extents(band.get_patch_transform()).get_points()
+    assert (left, right) == pytest.approx((0.3, 0.45))
     assert band.get_label() == "thresholds of the channels, 0.30 to 0.45"
 
 

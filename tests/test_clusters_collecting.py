@@ -21,7 +21,7 @@ from lightning_polydis.clusters.watching import LayerWatcher, Use
 from lightning_polydis.forward import PassDone
 from lightning_polydis.layers import channel_count, find_layer, inputs_per_channel, sources_of
 from lightning_polydis.settings import AnalysisSettings
-from tests.test_callback import n_hooks
+from tests.runs import n_hooks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The layer inputs of only"),
@@ -72,12 +72,22 @@ def collected(layer, inputs, limit, batch_size=7, signs=None, labels=None):
     return top.compute()
 
 
+def beside_padding(layer, inputs):
+    """Positions that NaN in the place of padding reaches, shaped as a channel's output."""
+    bare = copy.deepcopy(layer)
+    bare.padding, bare.padding_mode = (0,) * len(layer.kernel_size), "zeros"
+    pads = [pad for pad in reversed(layer.padding) for _ in range(2)]
+    return bare(F.pad(inputs, pads, value=torch.nan))[:, 0].isnan()
+
+
 def slowly(layer, inputs, channel, sign):
     """Activation of a side on each image, and input x gradient of it by source: by autograd, in ``float64``."""
     layer = copy.deepcopy(layer).double()
     x = inputs.double().requires_grad_()
     out = layer(x)
     own = out[..., channel] if isinstance(layer, nn.Linear) else out[:, channel]
+    if not isinstance(layer, nn.Linear) and layer.padding_mode == "zeros":
+        own = own.masked_fill(beside_padding(layer, inputs.double()), 0)
     strengths = (sign * own).clamp(min=0).reshape(len(x), -1).sum(1)
     (gradient,) = torch.autograd.grad(strengths.sum(), x)
     products = x * gradient

@@ -32,7 +32,7 @@ from tests.planted import (
     planted_images,
     planted_loader,
 )
-from tests.test_callback import Recorder, make_trainer, n_hooks
+from tests.runs import Recorder, make_trainer, n_hooks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

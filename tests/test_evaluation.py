@@ -212,3 +212,18 @@ def test_the_network_is_left_as_it_was(trained):
     net[3].eval()
     evaluate_splits(net, plan_for("2", 8), make_batches(), progress=False)
     assert [module.training for module in net] == [index != 3 for index in range(9)]
+
+
+def test_splits_of_clusters_that_no_image_belongs_to_are_a_warning():
+    layer = nn.Linear(4, 9)
+    centres = torch.eye(4)[:2]
+    weak = [ChannelSplit("0", channel, [[0], [1]], centres, centres=centres, floors=[0.0, 1e9]) for channel in (0, 1)]
+    far = [
+        ChannelSplit("0", channel, [[0], [1]], centres, centres=centres, floors=[1e9, 1e9]) for channel in range(2, 9)
+    ]
+    images = [(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)),)]
+    named = "2 of `0`, 3 of `0`, 4 of `0`, 5 of `0`, 6 of `0`, 2 more"
+    with pytest.warns(UserWarning, match=f"No image activates these channels .* could not be judged: {named}. Pass"):
+        qualities = evaluate_splits(nn.Sequential(layer), SplitPlan([*weak, *far]), images, progress=False)
+    assert [bool(quality.concepts[0].n_own) for quality in qualities] == [True] * 2 + [False] * 7
+    assert qualities[2].mean("distortion") is None

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from lightning_polydis import find_polysemantic_channels
 from tests.networks import Classifier, loader, make_batches
-from tests.test_callback import SETTINGS, callback_for, make_trainer, n_hooks
+from tests.runs import SETTINGS, callback_for, make_trainer, n_hooks
 
 
 class OwnError(Exception):

@@ -146,16 +146,17 @@ def test_progress_is_shown_on_a_terminal_and_only_there(trained, monkeypatch):
     shown = []
 
     def track(batches, description, **kwargs):
-        shown.append((description, kwargs["total"], kwargs["disable"]))
+        shown.append((description, kwargs["total"]))
         return batches
 
     monkeypatch.setattr(functional, "track", track)
     for terminal in (False, True):
         monkeypatch.setattr(functional.Console, "is_terminal", terminal)
         find_polysemantic_channels(trained, make_batches(), "2", **{**SETTINGS, "progress": True})
+    find_polysemantic_channels(trained, iter(make_batches()), "2", **{**SETTINGS, "progress": True})
     find_polysemantic_channels(trained, iter(make_batches()), "2", **SETTINGS)
     text = "Looking for polysemantic channels"
-    assert shown == [(text, 3, True), (text, 3, False), ("", None, True)]
+    assert shown == [(text, 3), (text, None)]
 
 
 def test_splits_are_chosen_and_judged_as_the_rules_say(trained):
@@ -446,8 +447,6 @@ def test_names_and_numbers_that_do_not_fit_are_refused(trained):
         find_polysemantic_channels(trained, make_batches(), "2", num_classes=7, **SETTINGS)
     with pytest.raises(ValueError, match="`logits_module` to name a module of the model, but got 'hed'"):
         find_polysemantic_channels(trained, make_batches(), "2", logits_module="hed", **SETTINGS)
-    with pytest.raises(TypeError, match="relevance_treshold"):
-        find_polysemantic_channels(trained, make_batches(), "2", relevance_treshold=0.1)
 
 
 def test_own_functions_find_targets_and_logits(trained):

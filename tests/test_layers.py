@@ -4,12 +4,16 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
+from lightning_polydis import layers
 from lightning_polydis.layers import (
+    _padded,
     channel_outputs,
     find_layer,
     flat_weight,
     plain_copy,
+    reads_padding,
     source_contributions,
     source_relevances,
     sources_of,
@@ -122,8 +126,10 @@ LAYERS = [(kind(4, 6, **config), (3, 4, *SIZES[kind])) for kind, config in KINDS
 LAYERS += [(nn.Linear(4, 6), (3, *between, 4)) for between in ((), (7,), (2, 3))]
 
 
+@pytest.mark.parametrize("at_once", [1, 2**18])
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=str)
-def test_source_relevances_are_weight_x_gradient_of_the_logit(layer, shape):
+def test_source_relevances_are_weight_x_gradient_of_the_logit(layer, shape, at_once, monkeypatch):
+    monkeypatch.setattr(layers, "CACHED_ELEMENTS", at_once)
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).double()
     x = torch.randn(shape, dtype=torch.float64)
@@ -137,6 +143,21 @@ def test_source_relevances_are_weight_x_gradient_of_the_logit(layer, shape):
         (slope,) = torch.autograd.grad(logit, layer.weight)
         expected = (layer.weight * slope)[channel].reshape(layer.weight.shape[1], -1).sum(1)
         torch.testing.assert_close(row, expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS[: len(CONVS)], ids=str)
+def test_positions_that_read_padding_are_those_that_nan_in_its_place_reaches(layer, shape):
+    x = torch.zeros(shape)
+    bare = copy.deepcopy(layer).requires_grad_(False)
+    bare.padding, bare.padding_mode = 0, "zeros"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers.F, "pad", lambda values, pads, mode: pad(values, pads, value=torch.nan))
+        expected = bare(_padded(layer, x))[0, 0].isnan().flatten()
+    found = reads_padding(layer, x)
+    if layer.padding_mode == "zeros":
+        assert torch.equal(found, expected)
+    else:  # the border holds copies of what is in the map
+        assert not found.any()
 
 
 def test_no_wanted_pair_gives_no_relevances():
@@ -163,6 +184,8 @@ def test_source_contributions_are_what_each_source_adds_and_sum_to_the_output(la
     found = source_contributions(layer, x, flat_weight(layer)[4], 4)
     outputs = channel_outputs(layer, x, flat_weight(layer)[4:5], None, [4])[:, 0]
     torch.testing.assert_close(found.sum(2), outputs, rtol=1e-12, atol=1e-12)
+    places = torch.tensor([0, 1, 1]), torch.tensor([found.shape[1] - 1, 0, found.shape[1] - 1])
+    torch.testing.assert_close(source_contributions(layer, x, flat_weight(layer)[4], 4, places), found[places])
     for source in range(found.shape[2]):
         alone = torch.zeros_like(flat_weight(layer)[4:5])
         alone[0, source] = flat_weight(layer)[4, source]

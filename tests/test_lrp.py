@@ -33,7 +33,7 @@ from tests.networks import (
 )
 from tests.norm_networks import NONE, ODD_NETS, odd_net
 from tests.reference import composite_relevance
-from tests.test_callback import SETTINGS, HeadOfBackbone, callback_for, make_trainer, n_hooks
+from tests.runs import SETTINGS, HeadOfBackbone, callback_for, make_trainer, n_hooks
 
 TINY = 1e-12
 ZENNIT_1 = "kwargs" in Hook.pre_forward.__code__.co_varnames

@@ -140,3 +140,9 @@ def test_what_is_no_plan_is_refused_everywhere(wrong, message):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_the_representation_is_short(plan):
+    assert repr(plan) == "SplitPlan(channels to split: 2 of 'a.conv', 1 of 'b')"
+    assert repr(SplitPlan([])) == "SplitPlan(channels to split: none)"
+    assert repr(plan.splits[1]) == "ChannelSplit('b', channel 0, concepts [[1], [2], [3]])"

@@ -4,7 +4,6 @@ import copy
 import gc
 import random
 import threading
-import warnings
 import weakref
 from collections.abc import Mapping
 
@@ -21,7 +20,7 @@ from lightning_polydis import disentangle, find_polysemantic_channels
 from lightning_polydis.forward import quiet_copy
 from lightning_polydis.replay import ModuleCopy
 from tests.networks import BottleneckNet, Classifier, conv_relu_net, loader, make_batches, make_images, train_briefly
-from tests.test_callback import SETTINGS, HeadOfBackbone, Recorder, callback_for, make_trainer, n_hooks
+from tests.runs import SETTINGS, HeadOfBackbone, Recorder, callback_for, make_trainer, n_hooks
 from tests.test_compiled import IDS, WAYS, Attentive, CompiledAttribute, Recurrent, counting
 
 FLAT = {"attribution": "epsilon_plus_flat", "strict": True}
@@ -29,11 +28,9 @@ EXPECTED = {"attribution": "epsilon_plus_flat", "progress": False, **SETTINGS}
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
+def _no_compiled_code():
     torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*many workers.*|.*logging interval.*|.*LeafSpec.*")
-        yield
+    yield
     torch._dynamo.reset()
 
 

@@ -215,3 +215,11 @@ def test_changed_weights_are_noticed(report, net):
     changed.load_state_dict(net.state_dict())
     changed[4].weight.data[0, 0] += 1e-6
     assert report.differs_from(changed)
+
+
+def test_the_representation_is_short(report):
+    first, second = (f"{layer.n_polysemantic} of {layer.n_channels} of" for layer in report.layers)
+    assert repr(report) == (
+        f"PolysemanticityReport({report.n_images} images; polysemantic channels: {first} '2', {second} '4')"
+    )
+    assert report.layers[0].n_polysemantic

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_polydis import PolysemanticityReport, SplitConv2d, SplitPlan
 from lightning_polydis.state import FORMAT_VERSION, CallbackState
 from tests.networks import Classifier, conv_relu_net, loader, make_images, train_briefly
+from tests.runs import callback_for, make_trainer
 from tests.sample_reports import sample_report
-from tests.test_callback import callback_for, make_trainer
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,7 +1,8 @@
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
-from lightning_polydis import ChannelDisentanglement
+from lightning_polydis import ChannelDisentanglement, find_polysemantic_channels
 from lightning_polydis.settings import AnalysisSettings
 
 BAD = [
@@ -58,6 +59,9 @@ def test_bad_settings_are_refused_in_words_everywhere(arguments, message):
     [
         ({"dataloader": 1.5}, "`dataloader` to be a place, a key or None, but got 1.5"),
         ({"every_n_epochs": 0}, "`every_n_epochs` to be an integer of at least 1, but got 0"),
+        ({"split": "yes"}, "`split` to be True or False, but got 'yes'"),
+        ({"strict": None}, "`strict` to be True or False, but got None"),
+        ({"embeddings": 1}, "`embeddings` to be True or False, but got 1"),
         (
             {"split": True, "calibration_samples": 0},
             "`split=True` needs calibration samples, but got `calibration_samples=0`",
@@ -67,6 +71,18 @@ def test_bad_settings_are_refused_in_words_everywhere(arguments, message):
 def test_the_callbacks_own_arguments_are_checked_too(arguments, message):
     with pytest.raises(MisconfigurationException, match=message):
         ChannelDisentanglement(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("relevance_treshold", "settings of the analysis, but got `relevance_treshold`. Closest names: `relevance_thr"),
+        ("zzz", "but got `zzz`. Closest names: `layers`, `relevance_threshold`, .*, `describe_fn`"),
+    ],
+)
+def test_a_setting_that_there_is_not_is_refused_with_the_closest_names(name, message):
+    with pytest.raises(TypeError, match=message):
+        find_polysemantic_channels(nn.Linear(8, 8), [], progress=False, **{name: 0.1})
 
 
 def test_limits_are_allowed():

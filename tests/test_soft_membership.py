@@ -9,7 +9,12 @@ from torch import nn
 
 from lightning_polydis import soft_membership
 from lightning_polydis.box_newton import minimise_in_box
-from lightning_polydis.soft_membership import WantedSplit, membership_problem
+from lightning_polydis.soft_membership import (
+    WantedSplit,
+    inclusion_chances,
+    membership_problem,
+    systematic_sample,
+)
 from lightning_polydis.statistics import Samples
 from tests import reference
 
@@ -77,7 +82,7 @@ def by_scipy(layer, concepts, directions, samples, concept):
     def loss_and_slope(values):
         values = torch.from_numpy(values).requires_grad_()
         loss = slow_loss(layer, concepts, directions, samples, concept, values)
-        return float(loss.detach()), torch.autograd.grad(loss, values)[0].numpy()
+        return float(loss.detach()), np.ascontiguousarray(torch.autograd.grad(loss, values)[0].numpy())
 
     options = {"ftol": 0, "gtol": 1e-10, "maxiter": 500}
     start = np.full(5, 0.5)
@@ -94,7 +99,7 @@ def test_the_loss_is_that_of_the_formula(layer, concepts, directions):
         problem = membership_problem(rows, concept, LEAK)
         found, expected = [], []
         for membership in (torch.rand(5, generator=generator).double() for _ in range(4)):
-            found.append(problem.loss(problem.errors(membership[None])).item())
+            found.append(problem.loss(problem.errors(membership)))
             expected.append(slow_loss(layer, concepts, directions, samples, concept, membership).item())
         assert found == pytest.approx(expected, rel=1e-9)
         assert min(expected) > 1e-3
@@ -122,7 +127,7 @@ def test_all_parts_of_the_loss_have_a_say():
         some = samples.of_classes([label for part in parts for label in of[part]])
         rows = channel_rows(layer, wanted(CHANNEL, concepts, directions), some)
         problem = membership_problem(rows, 0, LEAK)
-        losses[name] = problem.loss(problem.errors(everything[None])).item()
+        losses[name] = problem.loss(problem.errors(everything))
         expected = slow_loss(layer, concepts, directions, some, 0, everything).item()
         assert losses[name] == pytest.approx(expected, rel=1e-9)
     assert losses["leak"] > losses["own"] > 0
@@ -167,7 +172,7 @@ def test_turning_the_channel_and_its_directions_round_changes_nothing():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_several_channels_are_solved_as_each_alone(monkeypatch):
+def test_several_channels_are_solved_as_each_alone():
     layer, samples = conv(), make_samples(conv())
     splits = [
         wanted(2, *TWO),
@@ -177,11 +182,8 @@ def test_several_channels_are_solved_as_each_alone(monkeypatch):
     ]
     together = soft_memberships(layer, splits, samples, LEAK)
     alone = [soft_memberships(layer, [split], samples, LEAK)[0] for split in splits]
-    monkeypatch.setattr(soft_membership, "BATCH_ELEMENTS", 1)
-    in_pieces = soft_memberships(layer, splits, samples, LEAK)
-    for one, two, three in zip(together, alone, in_pieces, strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
-        torch.testing.assert_close(three, two, rtol=0, atol=1e-6)
+    for one, two in zip(together, alone, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_sources_that_only_one_concept_reads_are_told_apart():
@@ -222,24 +224,61 @@ def test_classes_without_images_leave_memberships_in_the_box(missing):
         assert here == pytest.approx(loss, rel=1e-5, abs=1e-7)
 
 
-def test_many_images_and_large_maps_are_thinned_evenly_and_repeatably(monkeypatch):
-    layer = conv(kernel=1)
-    samples = make_samples(layer, n=1200)
-    split = wanted(CHANNEL, *TWO)
-    rows = channel_rows(layer, split, samples)
+def test_of_many_images_some_have_a_say():
+    rows = channel_rows(conv(kernel=1), wanted(CHANNEL, *TWO), make_samples(conv(), n=1200))
     assert [int((rows.concepts == concept).sum()) for concept in (0, 1, -1)] == [64 * 25] * 3
-    whole = soft_memberships(layer, [split], samples, LEAK)[0]
-    monkeypatch.setattr(soft_membership, "MAX_ROWS", 192 * 10)
+    assert rows.totals.tolist() == [64 * 25] * 3
+    assert set(rows.counts.tolist()) == {1}
+
+
+@pytest.mark.parametrize("chunk", [2**24, 5 * 25 * 10])
+@pytest.mark.parametrize("layer", [conv(kernel=1), conv(padding=1, stride=2)], ids=["pointwise", "strided"])
+def test_of_large_maps_some_positions_stand_for_all(layer, chunk, monkeypatch):
+    samples, split = make_samples(layer, n=240), wanted(CHANNEL, *THREE)
+    rows = channel_rows(layer, split, samples)
+    expected = soft_memberships(layer, [split], samples, LEAK)[0]
+    monkeypatch.setattr(soft_membership, "PROBLEM_ELEMENTS", 0)
+    monkeypatch.setattr(soft_membership, "LEAST_ROWS", len(rows.concepts) // 12)
+    monkeypatch.setattr(soft_membership, "CHUNK_ELEMENTS", chunk)
     fewer = channel_rows(layer, split, samples)
-    assert [int((fewer.concepts == concept).sum()) for concept in (0, 1, -1)] == [64 * 10] * 3
-    for concept in (0, 1, -1):  # each image's own positions, none of them twice
-        all_rows = {tuple(row) for row in rows.contributions[rows.concepts == concept].tolist()}
-        some_rows = [tuple(row) for row in fewer.contributions[fewer.concepts == concept].tolist()]
-        assert len(set(some_rows)) == len(some_rows)
-        assert set(some_rows) <= all_rows
+    assert torch.equal(fewer.totals, rows.totals)
+    for concept in (*range(3), -1):
+        own, some = rows.concepts == concept, fewer.concepts == concept
+        assert int(some.sum()) < 0.5 * int(own.sum())
+        assert float(fewer.counts[some].min()) >= 1
+        everywhere = {tuple(row) for row in rows.contributions[own].tolist()}
+        found = [tuple(row) for row in fewer.contributions[some].tolist()]
+        assert len(set(found)) == len(found), "no position is there twice"
+        assert set(found) <= everywhere
+        whole, part = (
+            (each.counts[where, None] * each.contributions[where] ** 2).sum()
+            for each, where in ((rows, own), (fewer, some))
+        )
+        torch.testing.assert_close(part, whole, rtol=0.1, atol=0)
     thinned = [soft_memberships(layer, [split], samples, LEAK)[0] for _ in range(2)]
     assert torch.equal(*thinned)
-    torch.testing.assert_close(thinned[0], whole, rtol=0, atol=0.1)
+    torch.testing.assert_close(thinned[0], expected, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("n_wanted", [1, 7, 40, 299])
+def test_chances_are_in_proportion_to_sizes_and_certain_for_the_largest(n_wanted):
+    sizes = torch.rand(300, generator=torch.Generator().manual_seed(0)).double() ** 6
+    chances = inclusion_chances(sizes, n_wanted)
+    assert float(chances.sum()) == pytest.approx(n_wanted)
+    uncertain = chances < 1
+    ratios = chances[uncertain] / sizes[uncertain]
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-9, atol=0)
+    assert bool((sizes[~uncertain] * ratios[0] >= 1 - 1e-9).all())
+    drawn = systematic_sample(chances)
+    assert len(drawn) == n_wanted
+    assert len(drawn.unique()) == n_wanted
+
+
+def test_what_has_no_size_is_never_drawn():
+    sizes = torch.tensor([0.0, 2, 0, 1, 1, 0]).double()
+    assert inclusion_chances(sizes, 3).tolist() == [0, 1, 0, 1, 1, 0]
+    assert inclusion_chances(sizes, 2).tolist() == [0, 1, 0, 0.5, 0.5, 0]
+    assert systematic_sample(inclusion_chances(sizes, 5)).tolist() == [1, 3, 4]
 
 
 def test_the_minimum_is_found_to_the_promised_tolerance():
@@ -247,4 +286,4 @@ def test_the_minimum_is_found_to_the_promised_tolerance():
     for concepts, directions in (TWO, OPPOSED, THREE):
         rows = channel_rows(layer, wanted(CHANNEL, concepts, directions), make_samples(layer))
         for concept in range(len(concepts)):
-            assert minimise_in_box(membership_problem(rows, concept, LEAK)).optimality.item() <= 1e-9
+            assert minimise_in_box(membership_problem(rows, concept, LEAK)).optimality <= 1e-9

@@ -98,6 +98,11 @@ def test_side_follows_from_the_memory():
         (((0.5,), (0.5, 0.5)), "a pair of means and standard deviations"),
         (((0.5, 0.5), (0.5, 0.5)), "of the 1 or 3 colours"),
         ((("a",), ("b",)), "a pair of means"),
+        (
+            ((0.5, 0.5, 0.5), (0.2, 0, 0.2)),
+            r"standard deviations of `denormalize` to be above 0, but got \(0.2, 0, 0.2\)",
+        ),
+        (((0.5,), (float("nan"),)), r"to be above 0, but got \(nan,\)"),
     ],
 )
 def test_bad_denormalize(value, message):

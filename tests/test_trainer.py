@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset
 from lightning_polydis import SplitConv2d, find_polysemantic_channels
 from lightning_polydis._trainer import check_strategy
 from tests.networks import Classifier, loader, make_batches
-from tests.test_callback import SETTINGS, as_loader, callback_for, make_trainer, n_hooks
+from tests.runs import SETTINGS, as_loader, callback_for, make_trainer, n_hooks
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,10 +22,10 @@ from lightning_polydis.layers import (
     at_least_single,
     channel_count,
     find_layer,
-    flat_weight,
     inputs_per_channel,
     is_finite,
     plain_copy,
+    reads_padding,
 )
 from lightning_polydis.processes import cpu_group, everyones, is_distributed, let_go
 from lightning_polydis.report import PolysemanticityReport
@@ -49,9 +49,6 @@ ROOM = 0.9
 
 VECTOR_SHARE = 2
 """Memory for the strongest images' vectors, over what class-conditional vectors may take."""
-
-SMALL_MAP = 16
-"""Positions up to which a map is so small that which of them are on may look like concepts."""
 
 RANK_BITS = 40
 """Bits of an image's number that count it; those before name the process."""
@@ -170,7 +167,7 @@ class ClusterAnalysis:
         """Keep the inputs of those images that are now among the strongest, and make room for them."""
         top, pool = self._top[name], self._pools[name]
         needed = top.least(int(top.depth)).clamp(min=torch.finfo(torch.float32).tiny)  # silent images have no strength
-        rows = (top.strengths_of(self._layers[name], outputs) >= needed).any(1).nonzero()[:, 0]
+        rows = (top.strengths_of(self._layers[name], inputs, outputs) >= needed).any(1).nonzero()[:, 0]
         own = rows.cpu()
         images = self._images if self._images is not None and len(self._images) == len(inputs) else None
         shown = None if images is None else images[rows.to(images.device)]
@@ -202,7 +199,7 @@ class ClusterAnalysis:
         # Copies now, because by the end of the epoch somebody may have exchanged the weights.
         self._copies = {name: plain_copy(layer) for name, layer in self._layers.items()}
         for name, layer in self._layers.items():
-            self._warn_of_small_map(name, seen[name].outputs)
+            self._warn_of_padding(name, seen[name].inputs)
             sides = sides_of(channel_count(layer), watcher.uses[name])
             per_image = len(sides) * (2 * inputs_per_channel(layer) + 20)
             affordable = int(self._settings.vector_bytes * VECTOR_SHARE / len(self._layers) // per_image)
@@ -218,13 +215,11 @@ class ClusterAnalysis:
                 self._pools[name] = pool = InputPool(picture_bytes, process_group=self._cpu_group)
                 pool.update([], inputs[:0], None, None, None)  # a process may keep nothing, but has to know its shape
 
-    def _warn_of_small_map(self, name: str, outputs: Tensor) -> None:
-        layer = self._layers[name]
-        n_positions = 1 if isinstance(layer, nn.Linear) else outputs[0, 0].numel()
-        if 1 < n_positions <= SMALL_MAP and flat_weight(layer).shape[2] > 1:
+    def _warn_of_padding(self, name: str, inputs: Tensor) -> None:
+        if bool(reads_padding(self._layers[name], inputs).all()):
             self._note(
-                f"The maps of `{name}` have only {n_positions} positions, each of which sees other padding: which of "
-                "them are on may make clusters of its own, that are no concepts. Take larger images, or another layer."
+                f"Every position of `{name}` reads padding. Such positions are left out, because which of them are on "
+                "makes clusters that are no concepts, so nothing is found here. Take larger images, or another layer."
             )
 
     def _note_limit(self, name: str, limit: int, per_image: float) -> None:

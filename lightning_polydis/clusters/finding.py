@@ -31,8 +31,14 @@ MIN_STABILITY = 0.7
 ALL_ALIKE = 1 - 1e-5
 """Similarity of centres that rounding alone may fall short of."""
 
+SLACK = 1.1
+"""How much larger than it was found to be a variance may be."""
+
 N_AXES = 16
 """Principal axes that clusters are looked for in."""
+
+N_ITERATIONS = 2
+"""Steps of subspace iteration that find the axes: where there are clusters, a few axes stand out."""
 
 N_FIRST, N_CLOUDS = 4, 24
 """Made-up clouds that a channel is compared with: to begin with, and if it may have clusters."""
@@ -93,6 +99,11 @@ def find_clusters(clouds: Sequence[Tensor], most_alike: float = 1.0) -> list[Clu
         # Seeded for each batch: what is found in it does not depend on how many were before.
         generator = torch.Generator().manual_seed(start)
         points = _principal([clouds[place] for place in places], generator)
+        able_too = _may_part(points, most_alike)
+        places, points = (
+            [place for place, is_able in zip(places, able_too.tolist(), strict=True) if is_able],
+            points[able_too],
+        )
         for place, clusters in zip(places, _of_batch(points, most_alike, generator), strict=True):
             found[place] = clusters
     return found
@@ -109,6 +120,22 @@ def _may_differ(cloud: Tensor, most_alike: float) -> bool:
     lowest = cosines.topk(min(_least_members(len(cloud)), len(cloud)), largest=False).values.mean()
     angle = 2 * math.acos(min(1.0, max(-1.0, float(lowest))))
     return angle >= math.pi or math.cos(angle) < most_alike
+
+
+def _may_part(points: _Points, most_alike: float) -> Tensor:
+    r"""Whether two clusters' centres can be so far apart, given the variance along the first axis, ``[G]``, boolean.
+
+    Centres of clusters that hold shares :math:`p` and :math:`q` are no further apart than
+    :math:`\sqrt{\lambda (1 / p + 1 / q)}`, with the largest variance :math:`\lambda`; they are as long as `_may_differ`
+    says.
+    """
+    n = points.counts.sum(1)
+    least = torch.tensor([_least_members(count) for count in n.tolist()])
+    cosines = (points.units @ F.normalize(points.units.sum(1), dim=1)[..., None])[..., 0]
+    ascending = cosines.masked_fill(~points.counts, torch.inf).sort(1).values
+    shortest = ascending.cumsum(1).gather(1, least[:, None] - 1)[:, 0] / least
+    furthest = SLACK * points.spreads[:, 0] ** 2 * 2 * n / least
+    return (shortest <= 0) | (1 - furthest / (2 * shortest**2) < most_alike)
 
 
 def _least_members(n: int) -> int:
@@ -165,7 +192,7 @@ def _principal(clouds: Sequence[Tensor], generator: torch.Generator) -> _Points:
     centred = (units - units.sum(1, keepdim=True) / counts.sum(1)[:, None, None]) * counts[..., None]
     n_axes = min(N_AXES, n, n_inputs)
     axes = torch.randn(len(clouds), n_inputs, n_axes, dtype=units.dtype, generator=generator)
-    for _ in range(4):
+    for _ in range(N_ITERATIONS):
         axes = torch.linalg.qr(centred.mT @ (centred @ axes)).Q
     found = centred @ axes
     found = found @ torch.linalg.eigh(found.mT @ found).eigenvectors.flip(2)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lightning_polydis.thumbnails import Normalisation
 
 STATES = ("images", "labels", "inputs", "pictures")
+NOTHING = (1, 1)
+"""Size of pictures that the processes exchange where there are none."""
 
 
 class _Entry(NamedTuple):
@@ -143,7 +145,9 @@ class InputPool(Metric):
         self._kept = {}
         self.images = [torch.tensor([number for number, _ in entries], dtype=torch.long)]
         self.labels = [torch.tensor([entry.label for _, entry in entries], dtype=torch.long)]
-        self.pictures = [_together([entry.picture for _, entry in entries])]
+        pictures = _together([entry.picture for _, entry in entries])
+        # Those of no size cannot be padded to the size of another process's.
+        self.pictures = [pictures if pictures.numel() else pictures.new_zeros(len(entries), 3, *NOTHING)]
         inputs = [entry.inputs for _, entry in entries]
         entries.clear()
         self.inputs = [_joined(inputs) if inputs or self._none is None else self._none]
@@ -155,10 +159,10 @@ class InputPool(Metric):
         if not pieces:
             return None
         images, labels, inputs, pictures = map(list, zip(*pieces, strict=True))
-        has_all = all(piece[0].numel() for piece in pictures)  # or those of one process would be black
-        shown = _together([picture for piece in pictures for picture in piece]) if has_all else torch.empty(0)
+        has_all = all(piece.shape[2:] != NOTHING for piece in pictures)  # or those of one process would be black
+        shown = _together([picture for piece in pictures for picture in piece]) if has_all else None
         whole = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-        return PooledInputs(torch.cat(images), torch.cat(labels), whole, shown if shown.numel() else None)
+        return PooledInputs(torch.cat(images), torch.cat(labels), whole, shown)
 
 
 def _at_most(picture: Tensor, side: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_polydis.clusters.watching import LayerWatcher
@@ -17,6 +18,10 @@ from lightning_polydis.surgery import layer_of_plan
 if TYPE_CHECKING:
     from lightning_polydis.plan import SplitPlan
     from lightning_polydis.settings import AnalysisSettings
+
+
+MOST_NAMED = 5
+"""Channels that a warning names."""
 
 
 class ClusterSplitAnalysis:
@@ -74,4 +79,17 @@ class ClusterSplitAnalysis:
 
     def compute(self) -> list[SplitQuality]:
         """Quality of each split over all processes, layer by layer, in the plan's order within a layer."""
-        return [quality for evaluator in self._evaluators.values() for quality in evaluator.compute()]
+        qualities = [quality for evaluator in self._evaluators.values() for quality in evaluator.compute()]
+        _warn_of_unseen([found for found in qualities if not any(concept.n_own for concept in found.concepts)])
+        return qualities
+
+
+def _warn_of_unseen(splits: list[SplitQuality]) -> None:
+    if not splits:
+        return
+    names = [f"{split.channel} of `{split.layer}`" for split in splits[:MOST_NAMED]]
+    names += [f"{len(splits) - MOST_NAMED} more"] if len(splits) > MOST_NAMED else []
+    rank_zero_warn(
+        "No image activates these channels as much as the images that their clusters come from, so that their splits "
+        f"could not be judged: {', '.join(names)}. Pass more images, or some of the kind that was analysed."
+    )

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_polydis.layers import channels_are_last, source_relevances
+from lightning_polydis.layers import CACHED_ELEMENTS, channels_are_last, reads_padding, source_relevances
 from lightning_polydis.processes import is_distributed
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_polydis.layers import LinearLayer
 
 FREE, UNKNOWN = -1, -1
-CHUNK_ELEMENTS = 2**22
+CHUNK_ELEMENTS = 2**20
 """Elements of relevance vectors that are made at once."""
 
 STATES = ("sides", "strengths", "images", "labels", "vectors")
@@ -128,7 +128,8 @@ class TopImages(Metric):
         self._forget()
 
     def _forget(self) -> None:
-        self._kept: dict[str, Tensor] = {}  # [S, limit, ...], in no order; the strength of a free place is 0
+        # [S, limit], in no order; the strength of a free place is 0. Vectors, see `_row`: [limit * S, I]
+        self._kept: dict[str, Tensor] = {}
 
     def reset(self) -> None:
         """Forget everything."""
@@ -149,7 +150,7 @@ class TopImages(Metric):
         """
         if not self._kept:
             self._make_room(inputs.device)
-        flat = self._above_zero(layer, outputs)
+        flat = self._above_zero(layer, inputs, outputs)
         strengths = self._strengths(flat)
         sides, places, rows = self._entering(strengths)
         self._kept["strengths"][sides, places] = strengths[rows, sides]
@@ -164,7 +165,7 @@ class TopImages(Metric):
             "strengths": torch.zeros(shape, dtype=torch.float32, device=device),
             "images": torch.full(shape, FREE, device=device),
             "labels": torch.full(shape, UNKNOWN, device=device),
-            "vectors": torch.zeros(*shape, self._n_inputs, dtype=torch.float16, device=device),
+            "vectors": torch.empty(shape[0] * shape[1], self._n_inputs, dtype=torch.float16, device=device),
         }
 
     def _strengths(self, flat: Tensor) -> Tensor:
@@ -195,23 +196,29 @@ class TopImages(Metric):
                 gradient = _shaped(sign * is_on[first:last].to(inputs.dtype), layer)
                 some = (rows[part] - first, self._channels[sides[part]])
                 found = source_relevances(layer, inputs[first:last], gradient, *some)
-                unit = torch.nn.functional.normalize(found.float(), dim=1)
-                self._kept["vectors"][sides[part], places[part]] = unit.to(torch.float16)
+                self._write_units(found, sides[part], places[part])
+
+    def _write_units(self, vectors: Tensor, sides: Tensor, places: Tensor) -> None:
+        size = max(1, CACHED_ELEMENTS // self._n_inputs)
+        for part, own, free in zip(vectors.split(size), sides.split(size), places.split(size), strict=True):
+            units = torch.nn.functional.normalize(part.float(), dim=1)
+            self._kept["vectors"].index_copy_(0, self._row(own, free), units.to(torch.float16))
 
     def least(self, depth: int) -> Tensor:
         """The activation of the last of the ``depth`` strongest images of each side, 0 if there are fewer, ``[S]``."""
         return self._kept["strengths"].topk(min(depth, self.limit), dim=1).values[:, -1]
 
-    def strengths_of(self, layer: LinearLayer, outputs: Tensor) -> Tensor:
+    def strengths_of(self, layer: LinearLayer, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Activation of each side on a batch, ``[B, S]``."""
-        return self._strengths(self._above_zero(layer, outputs))
+        return self._strengths(self._above_zero(layer, inputs, outputs))
 
-    def _above_zero(self, layer: LinearLayer, outputs: Tensor) -> Tensor:
-        """Outputs above their channels' zeros, ``[B, C, P]``."""
+    def _above_zero(self, layer: LinearLayer, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """Outputs above their channels' zeros, ``[B, C, P]``; 0 where padding is read."""
         flat = outputs.movedim(-1, 1) if channels_are_last(layer) else outputs
         flat = flat.flatten(2) if flat.ndim > 2 else flat[..., None]
         zeros = self._layer_sides.zeros
-        return flat if zeros is None else flat - zeros.to(flat)[:, None]
+        above = flat if zeros is None else flat - zeros.to(flat)[:, None]
+        return above.masked_fill(reads_padding(layer, inputs), 0)
 
     def strongest(self, depth: int) -> set[int]:
         """Numbers of the images that are, so far, among the ``depth`` strongest of any side."""
@@ -228,9 +235,16 @@ class TopImages(Metric):
         strengths = self._kept["strengths"]
         least = self._least_of_all(strengths)
         sides, places = ((strengths > 0) & (strengths >= least[:, None])).nonzero(as_tuple=True)
-        for name in STATES:
-            setattr(self, name, [sides if name == "sides" else self._kept.pop(name)[sides, places]])
+        order = _order(sides, -strengths[sides, places], self._kept["images"][sides, places])
+        sides, places = sides[order], places[order]
+        self.sides, self.vectors = [sides], [self._kept.pop("vectors")[self._row(sides, places)]]
+        for name in ("strengths", "images", "labels"):
+            setattr(self, name, [self._kept[name][sides, places]])
         self._kept = {}
+
+    def _row(self, sides: Tensor, places: Tensor) -> Tensor:
+        """Where vectors are kept: place by place, so that what one image brings lies together while lists fill."""
+        return places * len(self._layer_sides) + sides
 
     def _least_of_all(self, strengths: Tensor) -> Tensor:
         """The smallest strength that is kept of each side, over all processes, ``[S]``."""
@@ -247,7 +261,9 @@ class TopImages(Metric):
         order = order[rank < self.limit]
         counts = sides[order].bincount(minlength=len(self._layer_sides))
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        parts = (strengths[order], images[order], labels[order], vectors[order])
+        parts = (strengths, images, labels, vectors)
+        if not torch.equal(order, torch.arange(len(sides))):  # those of one process are in order, and large
+            parts = (strengths[order], images[order], labels[order], vectors[order])
         return TopLists(self._layer_sides, starts, *parts)
 
 
@@ -258,7 +274,7 @@ def _shaped(flat: Tensor, layer: LinearLayer) -> Tensor:
 
 def _order(*keys: Tensor) -> Tensor:
     """Order by the first key, within it by the second, and so on."""
-    order = torch.arange(len(keys[0]))
+    order = torch.arange(len(keys[0]), device=keys[0].device)
     for key in reversed(keys):
         order = order[key[order].argsort(stable=True)]
     return order

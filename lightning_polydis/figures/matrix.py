@@ -51,7 +51,7 @@ def _strip(axes: Axes, start: float, length: float, colour: str) -> None:
 
     gap = min(0.012, length / 5)
     along, away = (start + gap, start + length - gap), (STRIP / 2 + 1) / 72
-    figure = axes.get_figure(root=True)
+    figure = axes.get_figure()  # or a subfigure, whose dots are the figure's
     assert figure is not None
     sides = {(0.0, away): (along, (1, 1)), (-away, 0.0): ((0, 0), (1 - along[0], 1 - along[1]))}
     for offset, (x, y) in sides.items():

@@ -51,7 +51,7 @@ def similarity_figure(overview: LayerOverview) -> Figure:
         >>> from lightning_polydis.cards import LayerOverview
         >>> overview = LayerOverview("conv", [0.0, 0.5, 1.0], [3, 9], [2, 0], (0.4, 0.5), [], [], [], [])
         >>> bars = similarity_figure(overview).axes[0].patches
-        >>> [int(bar.get_height()) for bar in bars][:4]  # candidates, then those flagged
+        >>> [int(bar.get_height()) for bar in bars[:4]]  # candidates, then those flagged
         [3, 9, 2, 0]
     """
     figure = new_figure("similarity_figure")
