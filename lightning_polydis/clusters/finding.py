@@ -222,6 +222,8 @@ def _excess(points: _Points, inertia: Tensor, k: int, generator: torch.Generator
 
     A few clouds tell for most channels that there is nothing to find; only for the others it takes many.
     """
+    if not len(inertia):
+        return inertia
     own = _log_share(inertia, points.points)
     first = _of_gaussians(points, k, N_FIRST, generator)
     excess = torch.full_like(own, -torch.inf)
@@ -236,14 +238,16 @@ def _excess(points: _Points, inertia: Tensor, k: int, generator: torch.Generator
 
 def _of_gaussians(points: _Points, k: int, n_clouds: int, generator: torch.Generator) -> Tensor:
     """Logarithm of k-means' share of the total, of Gaussian clouds with the points' spreads, ``[n_clouds, G]``."""
-    counts = points.counts[..., None]
     logs = []
-    for _ in range(n_clouds):
-        noise = torch.randn(points.points.shape, dtype=points.points.dtype, generator=generator)
-        cloud = noise * points.spreads[:, None] * counts
-        cloud = (cloud - cloud.sum(1, keepdim=True) / counts.sum(1, keepdim=True)) * counts
-        logs.append(_log_share(k_means(cloud, points.counts, k, generator).inertia, cloud))
-    return torch.stack(logs)
+    for together in torch.arange(n_clouds).split(max(1, BATCH // len(points.points))):
+        counts = points.counts.repeat(len(together), 1)
+        shape = (len(counts), *points.points.shape[1:])
+        noise = torch.randn(shape, dtype=points.points.dtype, generator=generator)
+        cloud = noise * points.spreads.repeat(len(together), 1)[:, None] * counts[..., None]
+        sizes = counts.sum(1)[:, None, None]
+        cloud = (cloud - cloud.sum(1, keepdim=True) / sizes) * counts[..., None]
+        logs.append(_log_share(k_means(cloud, counts, k, generator).inertia, cloud).view(len(together), -1))
+    return torch.cat(logs)
 
 
 def _log_share(inertia: Tensor, points: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 MAX_STEPS = 20
 
@@ -48,12 +47,11 @@ def k_means(points: Tensor, counts: Tensor, k: int, generator: torch.Generator, 
     """
     if not len(points):
         return Clustering(counts.long(), points.new_zeros(0, k, points.shape[2]), points.new_zeros(0))
-    best = _improved(points, counts, _start(points, counts, k, generator))
-    for _ in range(n_starts - 1):
-        other = _improved(points, counts, _start(points, counts, k, generator))
-        is_better = other.inertia < best.inertia
-        best = Clustering(*(_chosen(is_better, new, old) for new, old in zip(other, best, strict=True)))
-    return best
+    together, both = points.repeat(n_starts, 1, 1), counts.repeat(n_starts, 1)  # start by start
+    found = _improved(together, both, _start(together, both, k, generator))
+    best = found.inertia.view(n_starts, -1).argmin(0)
+    chosen = best * len(points) + torch.arange(len(points), device=points.device)
+    return Clustering(*(part[chosen] for part in found))
 
 
 def nearest_centre(points: Tensor, centres: Tensor) -> Tensor:
@@ -63,11 +61,7 @@ def nearest_centre(points: Tensor, centres: Tensor) -> Tensor:
         points: ``[G, n, P]``.
         centres: ``[G, k, P]``.
     """
-    return ((centres**2).sum(2)[:, None] - 2 * points @ centres.mT).argmin(2)
-
-
-def _chosen(condition: Tensor, values: Tensor, others: Tensor) -> Tensor:
-    return torch.where(condition.view(-1, *[1] * (values.ndim - 1)), values, others)
+    return torch.baddbmm((centres**2).sum(2)[:, None], points, centres.mT, alpha=-2).argmin(2)
 
 
 def _start(points: Tensor, counts: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -84,9 +78,9 @@ def _start(points: Tensor, counts: Tensor, k: int, generator: torch.Generator) -
 
 
 def _improved(points: Tensor, counts: Tensor, centres: Tensor) -> Clustering:
-    labels = nearest_centre(points, centres)
+    labels, numbers = nearest_centre(points, centres), torch.arange(centres.shape[1], device=points.device)
     for _ in range(MAX_STEPS):
-        owns = F.one_hot(labels, centres.shape[1]).to(points.dtype) * counts[..., None]
+        owns = ((labels[..., None] == numbers) & counts[..., None]).to(points.dtype)
         sizes = owns.sum(1)[..., None]
         centres = torch.where(sizes > 0, owns.mT @ points / sizes.clamp(min=1), centres)
         moved = nearest_centre(points, centres)
