@@ -59,4 +59,4 @@ bench: $(VENV)/.installed  ## measures anew what benchmarks/README.md says of co
 	$(RUN) benchmarks/run.py $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(OTHER_ZENNIT) $(LOWEST) demo_logs build dist site *.egg-info
+	rm -rf $(VENV) $(OTHER_ZENNIT) $(LOWEST) demo_logs lightning_logs .bench_cache build dist site *.egg-info

@@ -51,14 +51,18 @@ SMALL_WORLD = "against_paper_pipeline.py --images 2 --training-images 4 --epochs
 SMALL_WORLD += " --relevance-threshold 0.03"
 BENCHMARKS = {
     "overhead": Benchmark(
-        ("validation_overhead.py",), (f"{SMALL_OVERHEAD} --repeats 1 --variants bare optimized replay-optimized",)
+        ("validation_overhead.py --repeats 3",),
+        (f"{SMALL_OVERHEAD} --repeats 1 --variants bare optimized replay-optimized",),
     ),
     "replay": Benchmark(
         ("validation_overhead.py --variants replay-paper replay-optimized --batches 0.5 --repeats 3",), ()
     ),
     "paper-pipeline": Benchmark(("against_paper_pipeline.py",), (f"{SMALL_WORLD} --repeats 1",)),
-    "paper-pipeline-growth": Benchmark(("against_paper_pipeline.py --growth",), (f"{SMALL_WORLD} --growth",)),
+    "paper-pipeline-growth": Benchmark(
+        ("against_paper_pipeline.py --growth --repeats 1",), (f"{SMALL_WORLD} --growth",)
+    ),
     "split-layers": Benchmark(("split_layers.py",), ("split_layers.py --quick",)),
+    "scale-growth": Benchmark(("scale.py --growth --threads 1 --method optimized",), (), on_gpu=False),
     "scale": Benchmark(("scale.py",), ("scale.py --quick",), on_gpu=False),
     "memory": Benchmark(("memory.py",), ("memory.py --quick",)),
     "planted": Benchmark(

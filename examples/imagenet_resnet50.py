@@ -21,7 +21,7 @@ and begin anew. ``stages.json`` holds what each stage was given. If that has cha
 done again; *find* is too dear for that, and the program stops instead.
 
 ``--limit 50`` takes 50 images of each class instead of all 1300. ``--method optimized`` goes by the package's own
-method; the first 32 training images of every class then choose the splits. More is in ``docs/imagenet.md``.
+method; splits are then chosen among the first 32 training images of every class. More is in ``docs/imagenet.md``.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ from lightning_polydis import (
     evaluate_splits,
     find_polysemantic_channels,
 )
+
+# A pass that can be taken up again needs the analysis step by step. These names are no public ones.
 from lightning_polydis.analyses import analysis_for
 from lightning_polydis.figures import split_figure
 from lightning_polydis.settings import AnalysisSettings
@@ -74,7 +76,7 @@ SETTINGS = ("method", "relevance_threshold", "class_fraction", "similarity_thres
 """Options that are the package's settings."""
 
 OPTIMIZED_SAMPLES = 32
-"""Training images of every class that choose splits with ``--method optimized``."""
+"""Training images of every class among which splits are chosen with ``--method optimized``."""
 
 RESULTS = {
     "find": ["report.json", "report.html"],

@@ -17,7 +17,7 @@ def pairs_table(
 ) -> Table:
     """The paper's table: two rows for each pair, one for the images of each class."""
     cosines = {(found.channel, found.class_a, found.class_b): found.cosine_similarity for found in report.pairs}
-    title = f"{len(plan)} pair{'s' * (len(plan) != 1)} of classes, split and judged on validation images"
+    title = f"{len(plan)} pair{'s' * (len(plan) != 1)} of classes, split, and judged on validation images"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # leaves room for names
     for name in ("channel", "cosine", "rho", "class", "A", "B", "residual", "AUROC", "before"):
         fixed = name != "class"

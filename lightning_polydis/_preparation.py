@@ -25,11 +25,11 @@ class RunPreparation:
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        loading = (module, *averaged_twins(trainer))
+        self._hooks = [one.register_load_state_dict_pre_hook(_rebuild_splits) for one in loading]
         self._loops = [loop for loop in (trainer.validate_loop, trainer.test_loop) if loop.inference_mode]
         for loop in self._loops:
             loop.inference_mode = False
-        loading = (module, *averaged_twins(trainer))
-        self._hooks = [one.register_load_state_dict_pre_hook(_rebuild_splits) for one in loading]
 
     def undo(self) -> None:
         """Hooks off, inference mode as it was."""

@@ -1,3 +1,3 @@
 """The version, apart from everything that takes time to import."""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

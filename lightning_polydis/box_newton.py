@@ -20,6 +20,7 @@ ROUGH = 1e-4
 RIDGE = {torch.float32: 1e-6, torch.float64: 1e-9}
 """What is added to the system of a step, relative to its largest diagonal entry."""
 
+MAX_RIDGES = 4
 SUFFICIENT_DECREASE = 1e-4
 SHORTEST_STEP = 2.0**-30
 LENGTHENING = 2
@@ -91,8 +92,8 @@ class BoxSolution:
     n_steps: int
 
 
-def minimise_in_box(problem: HingedLeastSquares, tolerance: float = TOLERANCE) -> BoxSolution:
-    """Solve a problem.
+def minimise_in_box(problem: HingedLeastSquares) -> BoxSolution:
+    """Solve a problem, to `TOLERANCE` or as far as `MAX_STEPS` steps in each precision lead.
 
     Each step is a Newton step on the variables that are not held at a bound, shortened until the loss falls (Bertsekas,
     *Projected Newton methods for optimization problems with simple constraints*, SIAM J. Control Optim. 20, 1982).
@@ -101,15 +102,14 @@ def minimise_in_box(problem: HingedLeastSquares, tolerance: float = TOLERANCE) -
 
     Args:
         problem: The problem.
-        tolerance: See `TOLERANCE`.
     """
     problem = problem[problem.weights.nonzero()[:, 0]]
     start = problem.rows.new_ones(problem.rows.shape[1])
     slope = max(float(problem.gradient(problem.errors(start)).abs().max()), torch.finfo(start.dtype).tiny)
     if problem.rows.numel() < LARGE:
-        return _descended(problem, start, slope, tolerance)
+        return _descended(problem, start, slope, TOLERANCE)
     rough = _descended(problem.to(torch.float32), start.float(), slope, ROUGH)
-    fine = _descended(problem, rough.values.double(), slope, tolerance)
+    fine = _descended(problem, rough.values.double(), slope, TOLERANCE)
     return replace(fine, n_steps=rough.n_steps + fine.n_steps)
 
 
@@ -148,11 +148,22 @@ def _newton_step(problem: HingedLeastSquares, errors: Tensor, projected: Tensor)
     """Newton step on the free variables, zero on the others."""
     free = projected.nonzero()[:, 0]
     system = problem.curvature(errors, free).double()
-    diagonal = system.diagonal()
-    diagonal += RIDGE[projected.dtype] * diagonal.max() + torch.finfo(diagonal.dtype).tiny
-    factor, _ = torch.linalg.cholesky_ex(system)
+    factor = _factor(system, RIDGE[projected.dtype])
     step = -torch.cholesky_solve(projected[free][:, None].double(), factor)[:, 0]
     return torch.zeros_like(projected).index_copy_(0, free, step.to(projected.dtype))
+
+
+def _factor(system: Tensor, ridge: float) -> Tensor:
+    """Cholesky's factor, with as much of a ridge as it takes where rounding has made the system indefinite."""
+    diagonal = system.diagonal()
+    lift = ridge * diagonal.max() + torch.finfo(diagonal.dtype).tiny
+    for _ in range(MAX_RIDGES):
+        diagonal += lift
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if not bool(failed):
+            break
+        lift *= 100
+    return factor
 
 
 def _shortened(

@@ -74,7 +74,7 @@ class ChannelDisentanglement(Callback):
         num_classes: Number of classes; `None`: the width of the logits.
         class_names: Names of the classes, for the reports.
         calibration_samples: Images of each class whose layer input is kept, half to choose memberships, half to judge
-            them; 0: no plan; `None`: all images, all used to choose.
+            them; 0: no plan; `None`: all images, all there to choose from.
         calibration_memory: MiB that these samples may take; lowers their number where it would not do, and says so.
             While an epoch is analysed, those of the last report are there as well. Not for `None`. Relevance vectors
             take at most a quarter as much again, thumbnails an eighth.

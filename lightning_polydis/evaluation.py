@@ -38,7 +38,8 @@ class ConceptQuality:
         distortion: ``sum |D_own - D_orig| / sum D_orig`` over images of its classes. 0 is best.
         leak: ``sum D_own / sum D_orig`` over images of the other concepts' classes. 0 is best.
         spurious: What the concept channel fires, in its own direction, above the original on images of all remaining
-            classes, mean per image, over the mean ``D_orig`` on its own images. 0 is best.
+            classes, mean per image, over the mean ``D_orig`` on its own images. 0 is best. Of held-out samples
+            (`report.quality`) at most 512, evenly spread over all classes, are looked at for this.
         kept: Share of ``sum D_orig`` that each concept channel and, last, the residual keep, over those images of its
             classes that the channel is relevant for (the paper's table).
         auroc: How well ``D_own``, taken in this concept's direction for all images (or it would read the label off the

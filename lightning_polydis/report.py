@@ -332,10 +332,6 @@ class PolysemanticityReport:
         """
         return report_to_json(self)
 
-    def holds(self, name: str) -> bool:
-        """Whether something that takes time (``"quality"``, ``"cards"``) was asked for before, or came from a file."""
-        return name in self.__dict__ or getattr(self, f"_saved_{name}") is not None
-
     @staticmethod
     def load(path: str | Path) -> PolysemanticityReport:
         """Read a report that `save` wrote.

@@ -33,7 +33,9 @@ def report_to_json(report: PolysemanticityReport) -> dict[str, Any]:
 
 
 def _entries(report: PolysemanticityReport, name: str) -> list[dict[str, Any]] | None:
-    return [entry.to_json() for entry in getattr(report, name)] if report.holds(name) else None
+    """Something that takes time, if it was asked for before, or came from a file."""
+    is_there = name in vars(report) or getattr(report, f"_saved_{name}") is not None
+    return [entry.to_json() for entry in getattr(report, name)] if is_there else None
 
 
 def _names_to_json(report: PolysemanticityReport) -> list[list[Any]] | None:

@@ -44,8 +44,8 @@ class AnalysisSettings:
         num_classes: Number of classes; `None`: the width of the logits.
         class_names: Names of the classes, for reports.
         calibration_samples: Images of each class whose layer input is kept, half to choose memberships, half to judge
-            them; 0: no plan; `None`: all images, all used to choose. With clusters: images of each cluster that are
-            used so; kept are those of each channel's 200 strongest images that fit into the memory.
+            them; 0: no plan; `None`: all images, all there to choose from. With clusters: images of each cluster that
+            are used so; kept are those of each channel's 200 strongest images that fit into the memory.
         calibration_memory: MiB that these samples may take; lowers their number where it would not do, and says so.
             While an epoch is analysed, those of the last report are there as well. Not for `None`. Relevance vectors
             take at most a quarter as much again (with clusters half), thumbnails of the images an eighth.
@@ -59,7 +59,7 @@ class AnalysisSettings:
             captioning model, for instance. `None`: the classes that fill it, or a number.
 
     Raises:
-        ValueError: If a setting is out of range, or not available in this version.
+        ValueError: If a setting is out of range, or does not go with another.
 
     Example:
         >>> AnalysisSettings(relevance_threshold=3.0)  # doctest: +IGNORE_EXCEPTION_DETAIL

@@ -29,7 +29,10 @@ LEAST_ROWS = 320
 """Positions of each concept, and of the remaining classes, that may have a say however many sources there are."""
 
 CHUNK_ELEMENTS = 2**24
-"""Elements of layer inputs that are looked at together; bounds memory."""
+"""Elements of layer inputs that are looked at together: what a worker takes is some copies of that."""
+
+MAX_WORKERS = 8
+"""Channels that are worked on at once; bounds memory, on a machine of many cores."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def soft_memberships(layer: LinearLayer, wanted: Sequence[WantedSplit], leak_wei
     * images of all remaining classes: :math:`\max(s_i d_i - \max(s_i z, 0), 0)^2`, over the first mean.
 
     A term without images or with a mean of zero is dropped. The loss is convex; it is minimised until the largest
-    projected gradient is 1e-9 of the largest gradient at the start, or as far as thirty Newton steps and rounding let:
+    projected gradient is 1e-9 of the largest gradient at the start, or as far as thirty Newton steps (in each
+    precision, see `box_newton`) and rounding let:
     with far fewer active positions than sources the minimum is flat, and its last percent not worth the time.
 
     The means are over at most 64 images of each concept and of the remaining classes. Of their positions as many have a
@@ -101,12 +105,13 @@ def soft_memberships(layer: LinearLayer, wanted: Sequence[WantedSplit], leak_wei
         For each wanted split the membership ``[K, I]``, ``float32``.
     """
     n_threads = torch.get_num_threads()
+    n_workers = max(1, min(n_threads, len(wanted), MAX_WORKERS))
     try:
-        # The work on one channel is too little to be shared: each thread takes a channel.
-        with ThreadPoolExecutor(n_threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+        # The work on one channel is hardly worth sharing: channels are shared out, and threads that are left over.
+        with ThreadPoolExecutor(n_workers, initializer=lambda: torch.set_num_threads(n_threads // n_workers)) as pool:
             return list(pool.map(lambda split: _memberships(layer, split, leak_weight), wanted))
     finally:
-        torch.set_num_threads(n_threads)
+        torch.set_num_threads(n_threads)  # torch keeps the last number for threads that begin later
 
 
 def _memberships(layer: LinearLayer, split: WantedSplit, leak_weight: float) -> Tensor:

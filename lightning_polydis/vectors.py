@@ -236,7 +236,8 @@ class RelevanceVectors(Metric):
         if self.keys:
             used = int((self.keys[0] != FREE).nonzero().max()) + 1 if self._n_used else 0
             for state in (self.keys, self.sums, self.counts):
-                state[0] = state[0][:used]
+                few = used < len(state[0]) / 2  # whoever pickles a part of them would write all
+                state[0] = state[0][:used].clone() if few else state[0][:used]
 
     def compute(self) -> ClassVectors:
         """The sums of all processes, on the CPU."""

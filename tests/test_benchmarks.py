@@ -109,7 +109,7 @@ def test_memory(monkeypatch, capsys):
 
     monkeypatch.setattr(memory, "in_fresh_process", memory.measure)
     (row,) = rows_of(run_quick(quick("memory"), monkeypatch, capsys))
-    assert float(row[5]) > 0
+    assert float(row[6]) > 0
 
 
 def test_memory_formula_is_what_the_states_hold():

@@ -174,3 +174,14 @@ def test_gradient_and_curvature_are_those_of_the_loss():
     torch.testing.assert_close(problem.gradient(errors), slope, rtol=1e-10, atol=1e-10)
     expected = torch.autograd.functional.hessian(lambda x: plain_loss(problem, x), values)[some][:, some]
     torch.testing.assert_close(problem.curvature(errors, some), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_system_that_rounding_has_made_indefinite_is_lifted_as_far_as_it_takes():
+    system = torch.ones(3, 3).double() - 1e-5 * torch.eye(3).double()
+    factor = box_newton._factor(system.clone(), ridge=1e-6)
+    torch.testing.assert_close(factor @ factor.T, system, rtol=0, atol=2e-4)
+    assert float(torch.linalg.eigvalsh(factor @ factor.T).min()) > 0
+
+
+def test_a_system_of_nan_ends():
+    assert not torch.isfinite(box_newton._factor(torch.full((2, 2), torch.nan).double(), ridge=1e-6)).all()

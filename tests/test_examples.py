@@ -313,7 +313,7 @@ def test_imagenet_does_nothing_twice(imagenet, imagenet_runs, tmp_path, capsys):
     assert imagenet.run(tmp_path, "--batch-size", 3) == []
     printed = capsys.readouterr().out
     assert [f"{stage}: done before" in printed for stage in ("find", "plan", "judge", "draw")] == [True] * 4
-    assert "2 pairs of classes, split and judged" in printed
+    assert "2 pairs of classes, split, and judged" in printed
 
 
 def test_imagenet_plans_other_pairs_without_the_long_pass(imagenet, imagenet_runs, tmp_path):

@@ -186,6 +186,43 @@ def test_several_channels_are_solved_as_each_alone():
         assert torch.equal(one, two)
 
 
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_several_threads_find_what_one_finds(three_threads):
+    layer, samples = conv(), make_samples(conv())
+    splits = [wanted(channel % 3, *(TWO, THREE, OPPOSED)[channel // 3]) for channel in range(9)]
+    found = soft_memberships(layer, splits, samples, LEAK)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+    for one, two in zip(found, soft_memberships(layer, splits, samples, LEAK), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("n_splits", [1, 5])
+def test_what_fails_in_a_thread_is_raised_and_the_number_of_threads_is_as_it_was(three_threads, n_splits, monkeypatch):
+    numbers = []
+
+    def fails(layer, split, *_):
+        numbers.append(torch.get_num_threads())
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(soft_membership, "_memberships", fails)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        soft_memberships(conv(), [wanted(0, *TWO)] * n_splits, make_samples(conv()), LEAK)
+    assert torch.get_num_threads() == 3
+    assert set(numbers) == {3 // min(3, n_splits)}
+
+
+def test_nothing_wanted_is_nothing_found():
+    assert soft_memberships(conv(), [], make_samples(conv()), LEAK) == []
+
+
 def test_sources_that_only_one_concept_reads_are_told_apart():
     layer = nn.Conv2d(4, 1, 1, bias=False).requires_grad_(False)
     nn.init.ones_(layer.weight)
