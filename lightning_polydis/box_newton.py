@@ -157,6 +157,7 @@ def _factor(system: Tensor, ridge: float) -> Tensor:
     """Cholesky's factor, with as much of a ridge as it takes where rounding has made the system indefinite."""
     diagonal = system.diagonal()
     lift = ridge * diagonal.max() + torch.finfo(diagonal.dtype).tiny
+    factor = system
     for _ in range(MAX_RIDGES):
         diagonal += lift
         factor, failed = torch.linalg.cholesky_ex(system)
