@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_polydis.thumbnails import as_large_as
+from lightning_polydis.thumbnails import as_large_as, exchanged, to_exchange
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -341,7 +341,7 @@ class CalibrationSamples(Metric):
         """Make one piece of all samples, before the processes exchange theirs. The last thing before ``compute``."""
         if self.inputs:
             self.inputs, self.targets = [_joined(self.inputs)], [torch.cat(self.targets)]
-            self.relevant, self.thumbnails = [torch.cat(self.relevant)], [_of_one_size(self.thumbnails)]
+            self.relevant, self.thumbnails = [torch.cat(self.relevant)], [to_exchange(_of_one_size(self.thumbnails))]
 
     def compute(self) -> Samples | None:
         """The samples of all processes, at most ``per_class`` of each class; `None` if there are none.
@@ -354,7 +354,7 @@ class CalibrationSamples(Metric):
         if not pieces:
             return None
         inputs, targets, relevant, small = map(list, zip(*pieces, strict=True))
-        shown = _of_one_size(small)
+        shown = _of_one_size([exchanged(piece) for piece in small])
         thumbnails = shown if shown.numel() else None
         samples = Samples(_joined(inputs), torch.cat(targets), torch.cat(relevant), thumbnails=thumbnails)
         if self.per_class is None:

@@ -20,8 +20,21 @@ LARGEST, SMALLEST, UNCOUNTED = 96, 32, 48
 """Longest side of a thumbnail, in pixels: where there is room for such, where there is hardly any, and where nobody
 knows how many images there will be."""
 
+NOTHING = (1, 1)
+"""Size of thumbnails, in an exchange between processes, where there are none."""
+
 Normalisation = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation of each colour."""
+
+
+def to_exchange(pictures: Tensor) -> Tensor:
+    """Thumbnails ``[n, 3, h, w]`` as processes exchange them: those of no size cannot be padded to that of others."""
+    return pictures if pictures.numel() else pictures.new_zeros(len(pictures), 3, *NOTHING)
+
+
+def exchanged(pictures: Tensor) -> Tensor:
+    """Thumbnails as they were before `to_exchange`."""
+    return pictures.new_empty(len(pictures), 3, 0, 0) if pictures.shape[2:] == NOTHING else pictures
 
 
 def images_of(batch: Any) -> Tensor | None:

@@ -10,10 +10,12 @@ from lightning_polydis.thumbnails import (
     SMALLEST,
     UNCOUNTED,
     check_denormalize,
+    exchanged,
     images_of,
     normalisation_of,
     thumbnail_side,
     thumbnails,
+    to_exchange,
 )
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -178,3 +180,15 @@ def test_the_loader_that_is_analysed_is_asked():
 def test_no_thumbnails_where_they_would_be_too_small():
     assert thumbnail_side(10**6, 2**20) == 0
     assert thumbnail_side(None, 2**20) == UNCOUNTED
+
+
+def test_thumbnails_of_no_size_can_be_padded_by_whoever_exchanges_them():
+    nothing = torch.empty(4, 3, 0, 0, dtype=torch.uint8)
+    sent = to_exchange(nothing)
+    assert (sent.numel() > 0, len(sent)) == (True, 4)
+    assert exchanged(sent).shape == nothing.shape
+
+
+def test_thumbnails_are_exchanged_as_they_are():
+    pictures = torch.randint(256, (2, 3, 5, 4), dtype=torch.uint8)
+    assert torch.equal(exchanged(to_exchange(pictures)), pictures)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from lightning_polydis.thumbnails import LARGEST, SMALLEST, as_large_as, thumbnails
+from lightning_polydis.thumbnails import LARGEST, SMALLEST, as_large_as, exchanged, thumbnails, to_exchange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from lightning_polydis.thumbnails import Normalisation
 
 STATES = ("images", "labels", "inputs", "pictures")
-NOTHING = (1, 1)
-"""Size of pictures that the processes exchange where there are none."""
 
 
 class _Entry(NamedTuple):
@@ -146,8 +144,7 @@ class InputPool(Metric):
         self.images = [torch.tensor([number for number, _ in entries], dtype=torch.long)]
         self.labels = [torch.tensor([entry.label for _, entry in entries], dtype=torch.long)]
         pictures = _together([entry.picture for _, entry in entries])
-        # Those of no size cannot be padded to the size of another process's.
-        self.pictures = [pictures if pictures.numel() else pictures.new_zeros(len(entries), 3, *NOTHING)]
+        self.pictures = [to_exchange(pictures)]
         inputs = [entry.inputs for _, entry in entries]
         entries.clear()
         self.inputs = [_joined(inputs) if inputs or self._none is None else self._none]
@@ -159,7 +156,8 @@ class InputPool(Metric):
         if not pieces:
             return None
         images, labels, inputs, pictures = map(list, zip(*pieces, strict=True))
-        has_all = all(piece.shape[2:] != NOTHING for piece in pictures)  # or those of one process would be black
+        pictures = list(map(exchanged, pictures))
+        has_all = all(piece.numel() for piece in pictures)  # or those of one process would be black
         shown = _together([picture for piece in pictures for picture in piece]) if has_all else None
         whole = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         return PooledInputs(torch.cat(images), torch.cat(labels), whole, shown)
