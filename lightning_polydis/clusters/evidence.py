@@ -16,6 +16,7 @@ from lightning_polydis.clusters.finding import MIN_IMAGES, Clusters, find_cluste
 from lightning_polydis.detection import LayerDetection
 from lightning_polydis.layers import channel_count
 from lightning_polydis.planning import LayerEvidence
+from lightning_polydis.soft_membership import evenly_spread
 from lightning_polydis.statistics import ClassStatistics, Samples
 from lightning_polydis.vectors import ClassVectors
 
@@ -290,6 +291,4 @@ def _contents(labels: Tensor) -> list[tuple[int, float]]:
 
 def _spread(places: Tensor, limit: int | None) -> Tensor:
     """At most so many of some places, evenly spread."""
-    if limit is None or len(places) <= limit:
-        return places
-    return places[torch.linspace(0, len(places) - 1, limit, dtype=torch.float64).round().long()]
+    return places if limit is None else places[evenly_spread(len(places), limit)]
