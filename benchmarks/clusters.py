@@ -40,8 +40,9 @@ from lightning_polydis import PolysemanticityReport, find_polysemantic_channels
 from lightning_polydis.clusters.evidence import ClusterEvidence
 from lightning_polydis.clusters.finding import MIN_IMAGES, Clusters, find_clusters
 from lightning_polydis.evaluation import SplitQuality
-from lightning_polydis.layers import channel_outputs, flat_weight, plain_copy, reads_padding, source_relevances
+from lightning_polydis.layers import channel_outputs, flat_weight, plain_copy, reads_padding
 from lightning_polydis.planning import judge_splits, plan_splits
+from lightning_polydis.sources import source_relevances
 
 Labels = list[tuple[Tensor, Tensor]]
 """For each channel the clusters of its images, and their classes."""

@@ -22,7 +22,6 @@ from lightning_polydis.layers import (
     inputs_per_channel,
     is_finite,
     plain_copy,
-    source_relevances,
     sum_over_positions,
     window_sums,
 )
@@ -30,6 +29,7 @@ from lightning_polydis.planning import LayerEvidence
 from lightning_polydis.processes import cpu_group, let_go
 from lightning_polydis.report import PolysemanticityReport
 from lightning_polydis.settings import MEBIBYTE
+from lightning_polydis.sources import elements_at_once, source_relevances
 from lightning_polydis.statistics import CalibrationSamples, ChannelStatistics, relevant_channels
 from lightning_polydis.summary import LayerSummary
 from lightning_polydis.thumbnails import images_of, thumbnail_side, thumbnails
@@ -218,9 +218,12 @@ class ChannelAnalysis:
         vectors, lowest = self._vectors[name], min(self._settings.relevance_thresholds)
         relevance, targets = (record.relevance, targets) if finite else (record.relevance[:0], targets[:0])
         images, channels = vectors.wanted(relevant_channels(relevance, lowest), targets)
-        step = max(1, CHUNK_ELEMENTS // (vectors.n_channels * vectors.n_inputs))
+        at_once = elements_at_once(relevance.device, CHUNK_ELEMENTS)
+        step = max(1, at_once // (vectors.n_channels * vectors.n_inputs))
+        ends = [0, *torch.bincount(images, minlength=max(len(targets), 1)).cumsum(0).tolist()]
         for start in range(0, max(len(targets), 1), step):  # some images at a time: all their vectors may be a lot
-            part, rows = slice(start, start + step), (images >= start) & (images < start + step)
+            part = slice(start, start + step)
+            rows = slice(ends[start], ends[min(start + step, len(ends) - 1)])
             pairs = images[rows] - start, channels[rows]
             found = source_relevances(self._layers[name], record.seen.inputs[part], record.gradient[part], *pairs)
             vectors.update(found, *pairs, targets[part])

@@ -65,9 +65,16 @@ class CalibratedThresholds:
         if len(self._layer) < MIN_PAIRS:
             return LOWEST
         own = self._arbitrary(channel)
-        typical = float(np.median(own if len(own) >= MIN_PAIRS else self._layer))
-        low = float(np.quantile(self._layer, LOW_QUANTILE))
+        low, typical = self._of_layer
+        if len(own) >= MIN_PAIRS:
+            typical = float(np.median(own))
         return min(max(min(typical, low), LOWEST), HIGHEST)
+
+    @cached_property
+    def _of_layer(self) -> tuple[float, float]:
+        """The low quantile of the layer's similarities, and their median."""
+        low, median = np.quantile(self._layer, (LOW_QUANTILE, 0.5))
+        return float(low), float(median)
 
     @cached_property
     def _layer(self) -> np.ndarray:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_polydis._checks import InputError
-from lightning_polydis.layers import channel_outputs, flat_weight, reads_padding, source_contributions
+from lightning_polydis.layers import channel_outputs, flat_weight, reads_padding
 from lightning_polydis.membership import part_weights
 from lightning_polydis.processes import everyones, is_distributed
+from lightning_polydis.sources import source_contributions
 from lightning_polydis.splitting import SplitLayer
 
 if TYPE_CHECKING:

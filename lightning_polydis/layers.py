@@ -7,7 +7,7 @@ batch and features). A grouped convolution reads ``G * I`` inputs, of which each
 
 from __future__ import annotations
 
-from itertools import groupby, product
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -18,15 +18,12 @@ from torch.nn.utils import skip_init
 from lightning_polydis._checks import InputError, closest_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 LinearLayer: TypeAlias = Convolution | nn.Linear
 KINDS: tuple[type[LinearLayer], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-CACHED_ELEMENTS = 2**18
-"""Elements that a CPU works on together: they stay in its cache."""
 
 MIN_INPUTS_BY_DEFAULT = 8
 """A layer with fewer inputs per channel is never chosen by default: so short a vector says little about concepts."""
@@ -199,7 +196,7 @@ def window_sums(layer: LinearLayer, inputs: Tensor) -> Tensor:
     inputs = at_least_single(inputs.detach())  # sums of real activations exceed the range of half precision
     if isinstance(layer, nn.Linear):
         return sum_over_positions(inputs, channels_last=True).unsqueeze(-1)
-    sums = _padded(layer, inputs)
+    sums = padded(layer, inputs)
     for axis in reversed(range(len(layer.kernel_size))):
         sums = _offset_sums(sums, 2 + axis, layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis])
     return sums.flatten(2)
@@ -219,7 +216,7 @@ def _every(values: Tensor, dim: int, step: int) -> Tensor:
     return values[(slice(None),) * dim + (slice(None, None, step),)]
 
 
-def _padded(layer: Convolution, inputs: Tensor) -> Tensor:
+def padded(layer: Convolution, inputs: Tensor) -> Tensor:
     """``inputs`` with the layer's padding made explicit."""
     if layer.padding == "same":  # torch puts the odd one at the end
         totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
@@ -252,9 +249,9 @@ def reads_padding(layer: LinearLayer, inputs: Tensor) -> Tensor:
     """
     if isinstance(layer, nn.Linear):
         return torch.zeros(inputs[0, ..., 0].numel(), dtype=torch.bool, device=inputs.device)
-    padded = _padded(layer, inputs.new_ones(1, 1, *inputs.shape[2:], dtype=torch.float32))
-    window = padded.new_ones(1, 1, *layer.kernel_size)
-    read = CONVOLVE[len(layer.kernel_size)](padded, window, None, layer.stride, 0, layer.dilation)
+    ones = padded(layer, inputs.new_ones(1, 1, *inputs.shape[2:], dtype=torch.float32))
+    window = ones.new_ones(1, 1, *layer.kernel_size)
+    read = CONVOLVE[len(layer.kernel_size)](ones, window, None, layer.stride, 0, layer.dilation)
     return read.flatten() < window.numel() - 0.5
 
 
@@ -275,129 +272,15 @@ def channel_outputs(
     """
     if isinstance(layer, nn.Linear):
         return F.linear(inputs.flatten(1, -2) if inputs.ndim > 2 else inputs[:, None], weight[..., 0], bias).mT
-    padded, kernel = _padded(layer, inputs), weight.unflatten(2, layer.kernel_size)
+    wide, kernel = padded(layer, inputs), weight.unflatten(2, layer.kernel_size)
     convolve = CONVOLVE[len(layer.kernel_size)]
     if layer.groups == 1:
-        return convolve(padded, kernel, bias, layer.stride, 0, layer.dilation).flatten(2)
+        return convolve(wide, kernel, bias, layer.stride, 0, layer.dilation).flatten(2)
     outputs, start = [], 0
     for first, run in groupby(sources_of(layer, channel).start for channel in channels):  # rows of one group together
         rows = slice(start, start + len(list(run)))
-        own = padded[:, first : first + inputs_per_channel(layer)]
+        own = wide[:, first : first + inputs_per_channel(layer)]
         own_bias = None if bias is None else bias[rows]
         outputs.append(convolve(own, kernel[rows], own_bias, layer.stride, 0, layer.dilation))
         start = rows.stop
     return torch.cat(outputs, dim=1).flatten(2)
-
-
-def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, images: Tensor, channels: Tensor) -> Tensor:
-    r"""Relevance that each input channel has for the logit through one output channel.
-
-    :math:`v_k = \sum_{ij} w_{ckij} \, \partial s / \partial w_{ckij}` with :math:`\partial s / \partial w_{ckij} =
-    \sum_p g_{cp} x_{k, p \oplus ij}`: weight times gradient, so positions that do not matter to the logit drop out.
-    Summed over ``k``, and with the bias's share, it is the relevance of the channel.
-
-    Args:
-        layer: The layer.
-        inputs: ``[B, G * I, ...]`` for a convolution, ``[B, ..., I]`` for a linear layer.
-        gradient: Gradient of the logit with respect to the layer's output, shaped as that output.
-        images: For each wanted pair of image and channel the image's place in the batch, ``[n]``, integer, ascending.
-        channels: The channel of each pair, ``[n]``, integer.
-
-    Returns:
-        ``[n, I]``, in ``float32`` or wider, in units of the logit.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> layer, x = nn.Linear(3, 2), torch.ones(1, 3)
-        >>> found = source_relevances(layer, x, torch.ones(1, 2), torch.tensor([0]), torch.tensor([1]))
-        >>> torch.equal(found[0], layer.weight[1])
-        True
-    """
-    if not len(images):
-        return inputs.new_zeros(0, inputs_per_channel(layer), dtype=torch.promote_types(inputs.dtype, torch.float32))
-    inputs, gradient, weight = (at_least_single(part) for part in (inputs, gradient, flat_weight(layer)))
-    channels_first = gradient.movedim(-1, 1) if isinstance(layer, nn.Linear) else gradient
-    flat = channels_first.flatten(2) if gradient.ndim > 2 else channels_first[..., None]
-    dtype = torch.promote_types(flat.dtype, inputs.dtype)
-    by_offset = weight.permute(2, 0, 1).to(dtype).contiguous()  # rows that lie together are picked much faster
-    found = flat.new_empty(len(images), inputs_per_channel(layer), dtype=dtype)
-    counts = torch.bincount(images, minlength=len(inputs)).tolist()
-    for image, (own, part) in enumerate(zip(channels.split(counts), found.split(counts), strict=True)):
-        if len(own):  # image by image: what is worked on stays in the cache
-            _relevances_of(layer, inputs[image : image + 1].to(dtype), flat[image].to(dtype), own, by_offset, part)
-    return found
-
-
-def _relevances_of(
-    layer: LinearLayer, inputs: Tensor, gradient: Tensor, channels: Tensor, by_offset: Tensor, found: Tensor
-) -> None:
-    """Relevances of some channels of one image: gradient ``[C, P]``, weights ``[k, C, I]``, results ``[n, I]``."""
-    reads, groups = torch.cat(list(_inputs_by_offset(layer, inputs))), group_count(layer)  # [k, I, P]
-    if groups > 1:  # whole groups are multiplied faster than the inputs of each channel are copied
-        products = (gradient.unflatten(0, (groups, -1)) @ reads.unflatten(1, (groups, -1)).mT).flatten(1, 2)
-        found.copy_((products[:, channels] * by_offset[:, channels]).sum(0))
-        return
-    is_all = torch.equal(channels, torch.arange(len(gradient), device=channels.device))  # by itself: nothing is picked
-    size = max(1, CACHED_ELEMENTS // reads[..., 0].numel()) if found.device.type == "cpu" else len(found)
-    for start in range(0, len(found), size):
-        part = slice(start, start + size)
-        own = part if is_all else channels[part]
-        products, weights = gradient[own] @ reads.mT, by_offset[:, own]
-        if len(weights) == 1:  # written once
-            torch.mul(products[0], weights[0], out=found[part])
-        else:
-            torch.sum(products.mul_(weights), 0, out=found[part])
-
-
-def source_contributions(
-    layer: LinearLayer, inputs: Tensor, weight: Tensor, channel: int, places: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    r"""What each input channel adds to a channel's output, position by position.
-
-    :math:`y_{pk} = \sum_{ij} w_{kij} x_{k, p \oplus ij}`; the sum over ``k`` and the bias is the output.
-
-    Args:
-        layer: Gives kernel size, stride, padding, dilation and groups.
-        inputs: ``[B, G * I, ...]`` for a convolution, ``[B, ..., I]`` for a linear layer.
-        weight: The channel's weights, ``[I, k]``.
-        channel: The channel.
-        places: Image and position of each place that is wanted, by their numbers, ``[n]`` each; `None`: all.
-
-    Returns:
-        ``[B, P, I]``, or ``[n, I]`` of some places.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> source_contributions(nn.Linear(2, 1), torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.5]]), 0)
-        tensor([[[3., 2.]]])
-    """
-    own = inputs if isinstance(layer, nn.Linear) else inputs[:, sources_of(layer, channel)]
-    reads = _inputs_by_offset(layer, own)
-    if places is not None:
-        images, positions = places
-        return sum(read[images, :, positions] * weight[:, offset] for offset, read in enumerate(reads))  # type: ignore[return-value]
-    added = (read * weight[:, offset, None] for offset, read in enumerate(reads))
-    return sum(added).mT  # type: ignore[union-attr]
-
-
-def _inputs_by_offset(layer: LinearLayer, inputs: Tensor) -> Iterator[Tensor]:
-    """What each kernel offset reads, ``[B, I, P]`` each."""
-    if isinstance(layer, nn.Linear):
-        yield inputs.flatten(1, -2).mT if inputs.ndim > 2 else inputs[..., None]
-        return
-    padded = _padded(layer, inputs)
-    sizes = [
-        (total - dilation * (kernel - 1) - 1) // stride + 1
-        for total, kernel, stride, dilation in zip(
-            padded.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
-        )
-    ]
-    for offset in product(*map(range, layer.kernel_size)):
-        starts = [place * dilation for place, dilation in zip(offset, layer.dilation, strict=True)]
-        window = [
-            slice(start, start + (size - 1) * stride + 1, stride)
-            for start, size, stride in zip(starts, sizes, layer.stride, strict=True)
-        ]
-        yield padded[(slice(None), slice(None), *window)].flatten(2)

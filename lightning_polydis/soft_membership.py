@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_polydis.box_newton import HingedLeastSquares, minimise_in_box
-from lightning_polydis.layers import channel_outputs, flat_weight, inputs_per_channel, source_contributions
+from lightning_polydis.layers import channel_outputs, flat_weight, inputs_per_channel
+from lightning_polydis.sources import source_contributions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

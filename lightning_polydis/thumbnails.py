@@ -78,28 +78,37 @@ def thumbnails(images: Tensor, side: int, denormalize: Callable[[Tensor], Tensor
         >>> thumbnails(torch.rand(2, 1, 8, 8), 96, None).shape
         torch.Size([2, 3, 8, 8])
     """
-    shown = _between_0_and_1(images.detach().cpu(), denormalize)
-    height, width = shown.shape[2:]
-    scale = min(1.0, side / max(height, width))
-    if scale < 1:
-        size = (max(1, round(scale * height)), max(1, round(scale * width)))
-        shown = F.interpolate(shown, size, mode="bilinear", antialias=True)
-    return (255 * shown.clamp(0, 1)).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
-
-
-def _between_0_and_1(images: Tensor, denormalize: Callable[[Tensor], Tensor] | Normalisation | None) -> Tensor:
+    images = images.detach()
+    if not images.is_cuda:
+        images = images.cpu()
     if callable(denormalize):
-        return _own(images, denormalize)
-    if not images.is_floating_point():
-        return images.float() / 255
-    images = images.float()
-    if denormalize is not None:
-        mean, std = (images.new_tensor(part).view(1, -1, 1, 1) for part in denormalize)
-        return images * std + mean
-    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-    if bool((low >= 0).all()) and bool((high <= 1).all()):
+        shown = _at_most(side, _own(images.cpu(), denormalize))
+    else:  # what is the same for all pixels of an image costs less on few of them
+        shown = _between_0_and_1(_at_most(side, images.float()), images, denormalize)
+    return (255 * shown.clamp(0, 1)).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous().cpu()
+
+
+def _at_most(side: int, images: Tensor) -> Tensor:
+    """The images, no longer than so many pixels."""
+    height, width = images.shape[2:]
+    scale = min(1.0, side / max(height, width))
+    if scale == 1:
         return images
-    return (images - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+    size = (max(1, round(scale * height)), max(1, round(scale * width)))
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def _between_0_and_1(small: Tensor, images: Tensor, denormalize: Normalisation | None) -> Tensor:
+    """Small versions of images with the values of what the images show."""
+    if not images.is_floating_point():
+        return small / 255
+    if denormalize is not None:
+        mean, std = (small.new_tensor(part).view(1, -1, 1, 1) for part in denormalize)
+        return small * std + mean
+    low, high = (extreme((1, 2, 3), keepdim=True).float() for extreme in (images.amin, images.amax))
+    if bool((low >= 0).all()) and bool((high <= 1).all()):
+        return small
+    return (small - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _own(images: Tensor, denormalize: Callable[[Tensor], Tensor]) -> Tensor:

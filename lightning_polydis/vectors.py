@@ -71,7 +71,7 @@ class ClassVectors:
 
 
 class RelevanceVectors(Metric):
-    r"""Means over a class's images of `layers.source_relevances`, for the entries that matter, within a fixed memory.
+    r"""Means over a class's images of `sources.source_relevances`, for the entries that matter, within a fixed memory.
 
     An entry is a class and a channel. As many classes as fit into half of the memory have entries for all channels,
     from their first image on (all classes, if all fit); which classes these are does not depend on the order in which

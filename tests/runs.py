@@ -12,11 +12,10 @@ SETTINGS = {"relevance_threshold": 0.05, "class_fraction": 0.5, "similarity_thre
 
 
 def make_trainer(tmp_path, *callbacks, **kwargs):
-    kwargs = {"logger": False, "enable_checkpointing": False, "max_epochs": 1, **kwargs}
+    kwargs = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1, **kwargs}
     return pl.Trainer(
         callbacks=list(callbacks),
         default_root_dir=tmp_path,
-        accelerator="cpu",
         enable_progress_bar=False,
         enable_model_summary=False,
         **kwargs,

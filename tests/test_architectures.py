@@ -18,7 +18,8 @@ from lightning_polydis import (
     find_polysemantic_channels,
 )
 from lightning_polydis.collection import RelevanceCollector
-from lightning_polydis.layers import flat_weight, source_relevances, sources_of, window_sums
+from lightning_polydis.layers import flat_weight, sources_of, window_sums
+from lightning_polydis.sources import source_relevances
 from lightning_polydis.statistics import ChannelStatistics
 from lightning_polydis.vectors import RelevanceVectors
 from tests.architectures import NETWORKS, enliven

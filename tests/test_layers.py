@@ -8,14 +8,12 @@ from torch.nn.functional import pad
 
 from lightning_polydis import layers
 from lightning_polydis.layers import (
-    _padded,
     channel_outputs,
     find_layer,
     flat_weight,
+    padded,
     plain_copy,
     reads_padding,
-    source_contributions,
-    source_relevances,
     sources_of,
     window_sums,
 )
@@ -126,25 +124,6 @@ LAYERS = [(kind(4, 6, **config), (3, 4, *SIZES[kind])) for kind, config in KINDS
 LAYERS += [(nn.Linear(4, 6), (3, *between, 4)) for between in ((), (7,), (2, 3))]
 
 
-@pytest.mark.parametrize("at_once", [1, 2**18])
-@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=str)
-def test_source_relevances_are_weight_x_gradient_of_the_logit(layer, shape, at_once, monkeypatch):
-    monkeypatch.setattr(layers, "CACHED_ELEMENTS", at_once)
-    torch.manual_seed(0)
-    layer = copy.deepcopy(layer).double()
-    x = torch.randn(shape, dtype=torch.float64)
-    gradient = torch.randn_like(layer(x))
-    images = torch.tensor([0, 0, 0, *[1] * 6])  # some channels of the first, all of the second, none of the third
-    channels = torch.tensor([5, 0, 2, *range(6)])
-    found = source_relevances(layer, x, gradient, images, channels)
-    for row, image, channel in zip(found, images, channels, strict=True):
-        # The logit's gradient stands for all that follows: the logit is (z * gradient).sum() to first order.
-        logit = (layer(x[image : image + 1]) * gradient[image]).sum()
-        (slope,) = torch.autograd.grad(logit, layer.weight)
-        expected = (layer.weight * slope)[channel].reshape(layer.weight.shape[1], -1).sum(1)
-        torch.testing.assert_close(row, expected.detach(), rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize(("layer", "shape"), LAYERS[: len(CONVS)], ids=str)
 def test_positions_that_read_padding_are_those_that_nan_in_its_place_reaches(layer, shape):
     x = torch.zeros(shape)
@@ -152,45 +131,12 @@ def test_positions_that_read_padding_are_those_that_nan_in_its_place_reaches(lay
     bare.padding, bare.padding_mode = 0, "zeros"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers.F, "pad", lambda values, pads, mode: pad(values, pads, value=torch.nan))
-        expected = bare(_padded(layer, x))[0, 0].isnan().flatten()
+        expected = bare(padded(layer, x))[0, 0].isnan().flatten()
     found = reads_padding(layer, x)
     if layer.padding_mode == "zeros":
         assert torch.equal(found, expected)
     else:  # the border holds copies of what is in the map
         assert not found.any()
-
-
-def test_no_wanted_pair_gives_no_relevances():
-    nothing = torch.empty(0, dtype=torch.long)
-    found = source_relevances(
-        nn.Linear(4, 3).half(), torch.ones(2, 4).half(), torch.ones(2, 3).half(), nothing, nothing
-    )
-    assert (found.shape, found.dtype) == ((0, 4), torch.float32)
-
-
-def test_source_relevances_of_half_precision_do_not_overflow():
-    layer = nn.Conv2d(1, 1, 1, bias=False).half()
-    nn.init.constant_(layer.weight, 100)
-    x = torch.full((1, 1, 10, 10), 100.0, dtype=torch.float16)
-    found = source_relevances(layer, x, torch.ones_like(x), torch.tensor([0]), torch.tensor([0]))
-    assert (found.dtype, found.item()) == (torch.float32, 1e6)
-
-
-@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=str)
-def test_source_contributions_are_what_each_source_adds_and_sum_to_the_output(layer, shape):
-    torch.manual_seed(0)
-    layer = copy.deepcopy(layer).double()
-    x = torch.randn(shape, dtype=torch.float64)
-    found = source_contributions(layer, x, flat_weight(layer)[4], 4)
-    outputs = channel_outputs(layer, x, flat_weight(layer)[4:5], None, [4])[:, 0]
-    torch.testing.assert_close(found.sum(2), outputs, rtol=1e-12, atol=1e-12)
-    places = torch.tensor([0, 1, 1]), torch.tensor([found.shape[1] - 1, 0, found.shape[1] - 1])
-    torch.testing.assert_close(source_contributions(layer, x, flat_weight(layer)[4], 4, places), found[places])
-    for source in range(found.shape[2]):
-        alone = torch.zeros_like(flat_weight(layer)[4:5])
-        alone[0, source] = flat_weight(layer)[4, source]
-        expected = channel_outputs(layer, x, alone, None, [4])[:, 0]
-        torch.testing.assert_close(found[..., source], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_plain_copy_computes_the_same_and_shares_nothing():

@@ -10,8 +10,9 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_polydis.layers import CACHED_ELEMENTS, channels_are_last, reads_padding, source_relevances
+from lightning_polydis.layers import channels_are_last, reads_padding
 from lightning_polydis.processes import is_distributed
+from lightning_polydis.sources import CACHED_ELEMENTS, elements_at_once, source_relevances
 
 if TYPE_CHECKING:
     from lightning_polydis.clusters.watching import Use
@@ -186,12 +187,13 @@ class TopImages(Metric):
     def _keep_vectors(
         self, layer: LinearLayer, inputs: Tensor, flat: Tensor, sides: Tensor, places: Tensor, rows: Tensor
     ) -> None:
+        n_vectors = max(1, elements_at_once(inputs.device, CHUNK_ELEMENTS) // self._n_inputs)
         order = rows.argsort(stable=True)  # image by image, as they are made
         sides, places, rows = sides[order], places[order], rows[order]
         for sign in (1, -1):
             is_on = (flat > 0) if sign > 0 else (flat < 0)
             own = (self._signs[sides] == sign).nonzero()[:, 0]
-            for part in own.split(max(1, CHUNK_ELEMENTS // self._n_inputs)) if len(own) else ():
+            for part in own.split(n_vectors) if len(own) else ():
                 first, last = int(rows[part[0]]), int(rows[part[-1]]) + 1
                 gradient = _shaped(sign * is_on[first:last].to(inputs.dtype), layer)
                 some = (rows[part] - first, self._channels[sides[part]])
@@ -199,7 +201,7 @@ class TopImages(Metric):
                 self._write_units(found, sides[part], places[part])
 
     def _write_units(self, vectors: Tensor, sides: Tensor, places: Tensor) -> None:
-        size = max(1, CACHED_ELEMENTS // self._n_inputs)
+        size = max(1, elements_at_once(vectors.device, CACHED_ELEMENTS) // self._n_inputs)
         for part, own, free in zip(vectors.split(size), sides.split(size), places.split(size), strict=True):
             units = torch.nn.functional.normalize(part.float(), dim=1)
             self._kept["vectors"].index_copy_(0, self._row(own, free), units.to(torch.float16))
@@ -268,7 +270,7 @@ class TopImages(Metric):
 
 
 def _shaped(flat: Tensor, layer: LinearLayer) -> Tensor:
-    """``[B, C, P]`` as `layers.source_relevances` takes gradients of the layer's output."""
+    """``[B, C, P]`` as `sources.source_relevances` takes gradients of the layer's output."""
     return flat.movedim(1, -1) if channels_are_last(layer) else flat
 
 
