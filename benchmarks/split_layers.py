@@ -6,6 +6,7 @@ alone is also compared with a dense merge, a 1 x 1 convolution that adds all cha
 
 Example:
     python benchmarks/split_layers.py
+    python benchmarks/split_layers.py --device cuda --batch-size 64 --eager
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def whole_network(arguments: argparse.Namespace) -> str:
     loss = image_loss(arguments)
     split = networks(original, arguments.counts)
     rows = [compared("inference", {name: inference(own, images) for name, own in split.items()}, arguments)]
-    if not arguments.quick:  # before training changes weights and modes
+    if not (arguments.quick or arguments.eager):  # before training changes weights and modes
         two = {name: split[name] for name in ("original", str(TARGET_COUNT))}
         if arguments.device == "cpu":
             rows.append(compared_exported(two, images, arguments))
@@ -204,6 +205,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=11, help="rounds that count, after one that does not")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--eager", action="store_true", help="nothing compiled or exported")
     parser.add_argument("--quick", action="store_true", help="small, and nothing compiled or exported")
     arguments = parser.parse_args()
     if arguments.quick:

@@ -4,12 +4,13 @@ Validation epochs without the callback, with it in several variants, and with no
 gradient x input needs (*bare*) take turns; the ratio of their times is reported, median and range over the rounds. The
 clock runs from the first hook of validation to the last but one, so everything that the callback does for an epoch
 counts. What it does once, when the run ends (a plan, its quality, the table), is reported by itself. Memory is the
-largest resident set of a fresh process, from Linux's ``/proc`` (and on a GPU the largest amount allocated there).
+largest resident set of a fresh process, from Linux's ``/proc``; with a GPU, the most that was allocated there.
 
 Example:
     python benchmarks/validation_overhead.py --models resnet50 squeezenet
     python benchmarks/validation_overhead.py --models resnet18 --compile --variants optimized
     python benchmarks/validation_overhead.py --models squeezenet --variants clusters
+    python benchmarks/validation_overhead.py --device cuda --batch-size 64 --batches 4
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import argparse
 import contextlib
 import functools
 import io
-import json
 import logging
 import statistics
 import subprocess
@@ -175,6 +175,7 @@ class Overhead:
             self.module.net.compile()
         self.loader = make_loader(arguments, n_batches)
         self.ends: dict[str, list[float]] = {}
+        self.on_gpu: dict[str, float] = {}  # the most MiB that each variant had allocated there
 
     def callbacks(self, variant: str) -> list[pl.Callback]:
         """What is in the Trainer in a variant."""
@@ -199,8 +200,12 @@ class Overhead:
             enable_model_summary=False,
             callbacks=[first, *own, last],
         )
+        if self.arguments.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         with contextlib.redirect_stdout(io.StringIO()):  # the callback's table of results
             trainer.validate(self.module, self.loader, verbose=False)
+        if self.arguments.device == "cuda":
+            self.on_gpu[variant] = torch.cuda.max_memory_allocated() / MEBIBYTE
         for polydis in own:
             self._check(polydis)
         self.ends.setdefault(variant, []).append(last.end - first.end)  # the callback's `on_validation_end`
@@ -238,13 +243,13 @@ def measure(name: str, arguments: argparse.Namespace) -> list[list[str]]:
     plain = seconds.pop("without")
     found = {variant: ratios(own, plain) for variant, own in seconds.items()}
     bare = statistics.median(found["bare"]) if "bare" in found else None
-    memory = {own: peak_memory(name, own, arguments) for own in names if own != "bare"}
+    memory = overhead.on_gpu or {own: peak_memory(name, own, arguments) for own in names if own != "bare"}
     about = [f"{n_batches * arguments.batch_size}", f"{statistics.median(plain):.2f}"]
     return [
         [
             *(_network(name, arguments), f"`{MODELS[name].layer}`", variant, *about),
             *(spread(own, 3), _target(variant, bare), _end(overhead.ends[variant], variant)),
-            *(_memory(memory["without"]), _memory(memory.get(variant, {}))),
+            *(f"{memory['without']:.0f}", f"{memory[variant]:.0f}" if variant in memory else "-"),
         ]
         for variant, own in found.items()
     ]
@@ -264,26 +269,18 @@ def _target(variant: str, bare: float | None) -> str:
     return f"{max(TARGETS[variant], bare + ABOVE_BARE):.2f}"
 
 
-def _memory(found: dict[str, float]) -> str:
-    return ", ".join(f"{value:.0f}{place}" for place, value in found.items()) or "-"
-
-
-def peak_memory(name: str, variant: str, arguments: argparse.Namespace) -> dict[str, float]:
+def peak_memory(name: str, variant: str, arguments: argparse.Namespace) -> float:
     """Largest memory of a short validation epoch in a fresh process, in MiB."""
-    own = [f"--{key.replace('_', '-')}={getattr(arguments, key)}" for key in ("device", "batch_size", "classes")]
+    own = [f"--{key.replace('_', '-')}={getattr(arguments, key)}" for key in ("batch_size", "classes")]
     own += [f"--image-size={arguments.image_size}", f"--models={name}", f"--memory-of={variant}"]
     command = [sys.executable, __file__, *own, *["--compile"] * arguments.compile]
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(answer.splitlines()[-1])
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def report_memory(arguments: argparse.Namespace) -> None:
     """Run one epoch and print this process's largest memory."""
     Overhead(MODELS[arguments.models[0]], arguments, N_IMAGE_BATCHES).validate(arguments.memory_of)
-    peak = {"": peak_resident()}
-    if arguments.device == "cuda":
-        peak[" on the GPU"] = torch.cuda.max_memory_allocated() / MEBIBYTE
-    print(json.dumps(peak))
+    print(peak_resident())
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,7 @@ def _fill(
 ) -> None:
     """Relevances of some pairs: gradient ``[B, C, P]``, weights ``[k, C, I]``, results ``[n, I]``."""
     if _has_cache(found.device):  # one image
-        _relevances_of(layer, inputs, gradient[0], channels, by_offset, found)
+        _of_image(layer, inputs, gradient[0], channels, by_offset, found)
     elif len(found) * gradient.shape[2] <= gradient[..., 0].numel():  # copies of inputs are less than what all take
         found.copy_(_of_some(layer, inputs, gradient, images, channels, by_offset))
     else:
@@ -125,25 +126,23 @@ def _of_some(
     return total
 
 
-def _relevances_of(
+def _of_image(
     layer: LinearLayer, inputs: Tensor, gradient: Tensor, channels: Tensor, by_offset: Tensor, found: Tensor
 ) -> None:
-    """Relevances of some channels of one image: gradient ``[C, P]``, weights ``[k, C, I]``, results ``[n, I]``."""
-    reads, groups = torch.cat(list(_inputs_by_offset(layer, inputs))), group_count(layer)  # [k, I, P]
-    if groups > 1:  # whole groups are multiplied faster than the inputs of each channel are copied
-        products = (gradient.unflatten(0, (groups, -1)) @ reads.unflatten(1, (groups, -1)).mT).flatten(1, 2)
-        found.copy_((products[:, channels] * by_offset[:, channels]).sum(0))
+    """Relevances of some channels of one image, offset by offset, so that little is worked on at a time."""
+    if group_count(layer) > 1:  # whole groups are multiplied faster than the inputs of each channel are copied
+        found.copy_(_of_all(layer, inputs, gradient[None], by_offset)[0, channels])
         return
-    is_all = torch.equal(channels, torch.arange(len(gradient)))  # by itself: nothing is picked
-    size = max(1, CACHED_ELEMENTS // reads[..., 0].numel())
-    for start in range(0, len(found), size):
-        part = slice(start, start + size)
-        own = part if is_all else channels[part]
-        products, weights = gradient[own] @ reads.mT, by_offset[:, own]
-        if len(weights) == 1:  # written once
-            torch.mul(products[0], weights[0], out=found[part])
+    is_all = torch.equal(channels, torch.arange(len(gradient)))
+    own = slice(None) if is_all else channels  # by itself: nothing is picked
+    slopes, products = gradient[own], found
+    for weights, reads in zip(by_offset, _inputs_by_offset(layer, inputs), strict=True):
+        torch.mm(slopes, reads[0].mT, out=products)
+        if products is found:  # the first
+            found.mul_(weights[own])
+            products = torch.empty_like(found) if len(by_offset) > 1 else found
         else:
-            torch.sum(products.mul_(weights), 0, out=found[part])
+            found.addcmul_(products, weights[own])
 
 
 def source_contributions(
@@ -183,11 +182,13 @@ def _inputs_by_offset(layer: LinearLayer, inputs: Tensor) -> Iterator[Tensor]:
     if isinstance(layer, nn.Linear):
         yield inputs.flatten(1, -2).mT if inputs.ndim > 2 else inputs[..., None]
         return
-    wide = padded(layer, inputs)
+    # Channels last: what an offset reads is then copied in long runs.
+    wide = padded(layer, inputs).movedim(1, -1)
+    wide = wide.contiguous() if math.prod(layer.kernel_size) > 1 else wide
     sizes = [
         (total - dilation * (kernel - 1) - 1) // stride + 1
         for total, kernel, stride, dilation in zip(
-            wide.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
+            wide.shape[1:-1], layer.kernel_size, layer.stride, layer.dilation, strict=True
         )
     ]
     for offset in product(*map(range, layer.kernel_size)):
@@ -196,4 +197,4 @@ def _inputs_by_offset(layer: LinearLayer, inputs: Tensor) -> Iterator[Tensor]:
             slice(start, start + (size - 1) * stride + 1, stride)
             for start, size, stride in zip(starts, sizes, layer.stride, strict=True)
         ]
-        yield wide[(slice(None), slice(None), *window)].flatten(2)
+        yield wide[(slice(None), *window)].flatten(1, -2).mT
