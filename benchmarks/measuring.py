@@ -47,7 +47,12 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
+    return "\n".join(map(table_line, [header, ["---"] * len(header), *rows]))
+
+
+def table_line(cells: Sequence[str]) -> str:
+    """A line of a markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def wait_for(device: str) -> None:

@@ -79,12 +79,17 @@ BENCHMARKS = {
 
 
 def printed(command: str) -> str:
-    """What a benchmark prints; its progress goes where ours goes."""
+    """What a benchmark prints, shown line by line too, as it may take long and be broken off."""
     script, *options = shlex.split(command)
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", str(FOLDER / script), *options], check=True, stdout=subprocess.PIPE, text=True
-    )
-    return found.stdout.strip()
+    arguments = [sys.executable, "-W", "ignore", str(FOLDER / script), *options]
+    lines = []
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            print(line, end="", file=sys.stderr, flush=True)
+            lines.append(line)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, arguments)
+    return "".join(lines).strip()
 
 
 def spaced(text: str) -> str:

@@ -32,7 +32,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torchvision
-from measuring import MEBIBYTE, in_turns, peak_resident, ratios, spread, table, wait_for
+from measuring import MEBIBYTE, in_turns, peak_resident, ratios, spread, table, table_line, wait_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -314,7 +314,9 @@ def main() -> None:
     if arguments.memory_of is not None:
         report_memory(arguments)
         return
-    print(table(HEADER, [row for name in arguments.models for row in measure(name, arguments)]))
+    print(table(HEADER, []))
+    for name in arguments.models:  # a table that is broken off holds the networks so far
+        print("\n".join(map(table_line, measure(name, arguments))), flush=True)
 
 
 if __name__ == "__main__":

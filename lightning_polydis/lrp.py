@@ -207,7 +207,7 @@ class SplitMergeBatchNorm(Canonizer):  # type: ignore[misc]
         stores[0].update(weight=nn.Parameter(weight, False), bias=nn.Parameter(bias, False))
         stores[1].update(weight=nn.Parameter(ones, False), bias=nn.Parameter(zeros, False))
         stores[2].update(running_var=ones.clone(), running_mean=zeros.clone())
-        norm.eps = 0.0
+        _leave_values_alone(norm)
 
     def remove(self) -> None:
         """Put everything back."""
@@ -230,11 +230,17 @@ class _MergeBatchNorm(NamedMergeBatchNorm):  # type: ignore[misc]
     def register(self, linears: Sequence[nn.Module], batch_norm: Any) -> None:
         self._eps = batch_norm.eps
         super().register(linears, batch_norm)
-        batch_norm.eps = 0.0
+        _leave_values_alone(batch_norm)
 
     def remove(self) -> None:
         super().remove()
         self.batch_norm.eps = self._eps
+
+
+def _leave_values_alone(norm: Any) -> None:
+    """Let a merged batch norm divide by exactly 1: torch 2.10 and 2.11 refuse an ``eps`` of 0."""
+    norm.running_var.data = torch.full_like(norm.running_var, 0.5)
+    norm.eps = 0.5
 
 
 def _is_mergeable(norm: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from torch import Tensor
     from torchmetrics import Metric
 
 
@@ -48,3 +49,16 @@ def let_go(metrics: Iterable[Metric]) -> None:
         if metric._is_synced:
             metric.unsync()
         metric.reset()
+
+
+def joined(pieces: list[Tensor]) -> Tensor:
+    """One tensor of all pieces, each of which is let go as soon as it is copied: twice the memory would be a lot."""
+    if len(pieces) == 1:
+        return pieces[0]
+    whole = pieces[0].new_empty(sum(len(piece) for piece in pieces), *pieces[0].shape[1:])
+    end = len(whole)
+    while pieces:
+        piece = pieces.pop()
+        whole[end - len(piece) : end] = piece
+        end -= len(piece)
+    return whole

@@ -100,7 +100,8 @@ def _fill(
     elif len(found) * gradient.shape[2] <= gradient[..., 0].numel():  # copies of inputs are less than what all take
         found.copy_(_of_some(layer, inputs, gradient, images, channels, by_offset))
     else:
-        found.copy_(_of_all(layer, inputs, gradient, by_offset)[images, channels])
+        rows = images * gradient.shape[1] + channels
+        torch.index_select(_of_all(layer, inputs, gradient, by_offset).flatten(0, 1), 0, rows, out=found)
 
 
 def _of_all(layer: LinearLayer, inputs: Tensor, gradient: Tensor, by_offset: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_polydis.processes import joined
 from lightning_polydis.thumbnails import as_large_as, exchanged, to_exchange
 
 if TYPE_CHECKING:
@@ -340,7 +341,7 @@ class CalibrationSamples(Metric):
     def join(self) -> None:
         """Make one piece of all samples, before the processes exchange theirs. The last thing before ``compute``."""
         if self.inputs:
-            self.inputs, self.targets = [_joined(self.inputs)], [torch.cat(self.targets)]
+            self.inputs, self.targets = [joined(self.inputs)], [torch.cat(self.targets)]
             self.relevant, self.thumbnails = [torch.cat(self.relevant)], [to_exchange(_of_one_size(self.thumbnails))]
 
     def compute(self) -> Samples | None:
@@ -356,7 +357,7 @@ class CalibrationSamples(Metric):
         inputs, targets, relevant, small = map(list, zip(*pieces, strict=True))
         shown = _of_one_size([exchanged(piece) for piece in small])
         thumbnails = shown if shown.numel() else None
-        samples = Samples(_joined(inputs), torch.cat(targets), torch.cat(relevant), thumbnails=thumbnails)
+        samples = Samples(joined(inputs), torch.cat(targets), torch.cat(relevant), thumbnails=thumbnails)
         if self.per_class is None:
             return samples
         return samples[torch.tensor([rank < int(self.limit) for rank in _ranks(samples.targets)])]
@@ -367,26 +368,13 @@ class CalibrationSamples(Metric):
         self._kept = Counter()
 
 
-def _joined(pieces: list[Tensor]) -> Tensor:
-    """One tensor of all pieces, each of which is let go as soon as it is copied: twice the memory would be a lot."""
-    if len(pieces) == 1:
-        return pieces[0]
-    whole = pieces[0].new_empty(sum(len(piece) for piece in pieces), *pieces[0].shape[1:])
-    end = len(whole)
-    while pieces:
-        piece = pieces.pop()
-        whole[end - len(piece) : end] = piece
-        end -= len(piece)
-    return whole
-
-
 def _first_seen(pieces: list[Tensor]) -> Tensor:
     """The first piece that holds thumbnails, or just the first."""
     return next((piece for piece in pieces if piece.numel()), pieces[0])
 
 
 def _of_one_size(pieces: list[Tensor]) -> Tensor:
-    return _joined([as_large_as(_first_seen(pieces), piece) for piece in pieces])
+    return joined([as_large_as(_first_seen(pieces), piece) for piece in pieces])
 
 
 def _ranks(targets: Tensor) -> list[int]:

@@ -105,6 +105,22 @@ def test_relevance_is_the_composites_gradient_at_the_layer_started_from_the_logi
         torch.testing.assert_close(found[layer].relevance, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_merged_batch_norms_divide_by_exactly_one():
+    """Not by the root of 1 + ``eps``; and torch 2.10 and 2.11 refuse an ``eps`` of 0, in evaluation too."""
+    torch.manual_seed(0)
+    net, images = BottleneckNet().eval(), torch.randn(2, 3, 9, 9)
+    split = disentangle(net, plan_for(net, "blocks.1.conv3"))
+    for network in (net, split):
+        norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        before = [(norm.eps, norm.running_var.clone()) for norm in norms]
+        canonizers = canonizers_for(zc.EpsilonPlus(), network, lambda own=network: own(images))
+        with with_split_rules(zc.EpsilonPlus(), canonizers).context(network):
+            assert all(norm.eps > 0 and bool((norm.running_var + norm.eps == 1).all()) for norm in norms)
+        for norm, (eps, variance) in zip(norms, before, strict=True):
+            assert norm.eps == eps
+            assert torch.equal(norm.running_var, variance)
+
+
 @pytest.mark.parametrize("layer", ["2", "5", "9"])
 def test_all_epsilon_is_gradient_x_input_where_the_network_is_piecewise_linear(layer):
     net = train_briefly(plain_vgg(), size=8).double()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from lightning_polydis.processes import joined
 from lightning_polydis.thumbnails import LARGEST, SMALLEST, as_large_as, exchanged, thumbnails, to_exchange
 
 if TYPE_CHECKING:
@@ -145,9 +146,10 @@ class InputPool(Metric):
         self.labels = [torch.tensor([entry.label for _, entry in entries], dtype=torch.long)]
         pictures = _together([entry.picture for _, entry in entries])
         self.pictures = [to_exchange(pictures)]
-        inputs = [entry.inputs for _, entry in entries]
+        inputs = [entry.inputs[None] for _, entry in entries]
         entries.clear()
-        self.inputs = [_joined(inputs) if inputs or self._none is None else self._none]
+        nothing = torch.empty(0) if self._none is None else self._none
+        self.inputs = [joined(inputs) if inputs else nothing]
 
     def compute(self) -> PooledInputs | None:
         """The inputs of all processes; `None` if there are none."""
@@ -180,12 +182,3 @@ def _together(pictures: list[Tensor]) -> Tensor:
         return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
     first = next((picture for picture in pictures if picture.numel()), pictures[0])
     return torch.cat([as_large_as(first[None], picture[None]) for picture in pictures])
-
-
-def _joined(inputs: list[Tensor]) -> Tensor:
-    """One tensor of all inputs, each of which is let go as soon as it is copied: twice the memory would be a lot."""
-    whole = torch.empty(len(inputs), *inputs[0].shape, dtype=inputs[0].dtype) if inputs else torch.empty(0)
-    while inputs:
-        place = len(inputs) - 1
-        whole[place] = inputs.pop()
-    return whole
