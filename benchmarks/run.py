@@ -79,13 +79,13 @@ BENCHMARKS = {
 
 
 def printed(command: str) -> str:
-    """What a benchmark prints, shown line by line too, as it may take long and be broken off."""
+    """What a benchmark prints; it is shown as it comes, for a long run may be broken off."""
     script, *options = shlex.split(command)
-    arguments = [sys.executable, "-W", "ignore", str(FOLDER / script), *options]
+    arguments = [sys.executable, "-u", "-W", "ignore", str(FOLDER / script), *options]
     lines = []
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
-            print(line, end="", file=sys.stderr, flush=True)
+            print(line, end="", flush=True)
             lines.append(line)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, arguments)
@@ -162,12 +162,15 @@ def main() -> None:
     for name in arguments.only:
         benchmark = BENCHMARKS[name]
         if arguments.quick:
-            print("\n\n".join(map(printed, benchmark.quick)), flush=True)
+            for command in benchmark.quick:
+                printed(command)
         elif arguments.device == "cpu" or benchmark.on_gpu:
             print(f"{name} ...", flush=True)
             started = time.monotonic()
             run(name, arguments.device, FOLDER / "README.md")
             print(f"{name}: {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
+        else:
+            print(f"{name}: measured on processors only", flush=True)
 
 
 if __name__ == "__main__":

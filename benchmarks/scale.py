@@ -304,7 +304,9 @@ def measure_growth(size: Size, method: str) -> None:
         [name, f"{before:.2f}", *(f"{math.log2(found[name] / before):.1f}" for found in grown.values())]
         for name, before in base.items()
     ]
-    print(f"\n{method}, growth from {size}\n{table(['stage', 'seconds', *DIMENSIONS], rows)}", flush=True)
+    start = ", ".join(f"{getattr(size, name):g} {name.replace('_', ' ')}" for name in DIMENSIONS)
+    print(f"\n{method}: from {start}, each doubled by itself")
+    print(table(["stage", "seconds", *DIMENSIONS], rows), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

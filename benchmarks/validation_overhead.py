@@ -32,7 +32,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torchvision
-from measuring import MEBIBYTE, in_turns, peak_resident, ratios, spread, table, table_line, wait_for
+from measuring import MEBIBYTE, in_turns, keep_freed_memory, peak_resident, ratios, spread, table, table_line, wait_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -309,6 +309,8 @@ def main() -> None:
     arguments = parse_arguments()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    if sys.platform == "linux":
+        keep_freed_memory()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.memory_of is not None:

@@ -63,7 +63,7 @@ class Observation:
 
 
 CHUNK_ELEMENTS = 2**22
-"""Elements of relevance vectors that are made at once."""
+"""Elements of relevance vectors that a CPU makes at once."""
 
 
 class ChannelAnalysis:

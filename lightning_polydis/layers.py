@@ -217,7 +217,12 @@ def _every(values: Tensor, dim: int, step: int) -> Tensor:
 
 
 def padded(layer: Convolution, inputs: Tensor) -> Tensor:
-    """``inputs`` with the layer's padding made explicit."""
+    """Inputs with the layer's padding made explicit, ``[B, G * I, ...]``, which are then read without any.
+
+    Args:
+        layer: The layer.
+        inputs: ``[B, G * I, ...]``.
+    """
     if layer.padding == "same":  # torch puts the odd one at the end
         totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         pads = [(total // 2, total - total // 2) for total in totals]

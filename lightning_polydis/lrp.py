@@ -203,10 +203,10 @@ class SplitMergeBatchNorm(Canonizer):  # type: ignore[misc]
         self._norm, self._eps = norm, norm.eps
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         weight, bias = _scaled(layer, scale, norm.bias - norm.running_mean * scale)
-        ones, zeros = torch.ones_like(norm.running_var), torch.zeros_like(norm.running_var)
+        ones, zeros = torch.ones_like(scale), torch.zeros_like(scale)
         stores[0].update(weight=nn.Parameter(weight, False), bias=nn.Parameter(bias, False))
         stores[1].update(weight=nn.Parameter(ones, False), bias=nn.Parameter(zeros, False))
-        stores[2].update(running_var=ones.clone(), running_mean=zeros.clone())
+        stores[2].update(running_var=norm.running_var.clone(), running_mean=zeros.clone())
         _leave_values_alone(norm)
 
     def remove(self) -> None:

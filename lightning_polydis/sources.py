@@ -22,16 +22,13 @@ from lightning_polydis.layers import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CACHED_ELEMENTS = 2**18
-"""Elements that a CPU works on together: they stay in its cache."""
-
 GPU_ELEMENTS = 2**25
-"""Elements that a GPU works on together: few steps, of 128 MiB."""
+"""Elements that a GPU works on together, of 128 MiB: it waits for the next step more than for its memory."""
 
 
 def elements_at_once(device: torch.device, on_a_cpu: int) -> int:
-    """How many elements are worked on together on a device."""
-    return on_a_cpu if device.type == "cpu" else max(on_a_cpu, GPU_ELEMENTS)
+    """How many elements are worked on together on a device; on a CPU so many that they stay in its cache."""
+    return on_a_cpu if device.type == "cpu" else GPU_ELEMENTS
 
 
 def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, images: Tensor, channels: Tensor) -> Tensor:
@@ -69,7 +66,7 @@ def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, imag
     inputs, flat = inputs.to(dtype), flat.to(dtype)
     found = flat.new_empty(len(images), inputs_per_channel(layer))
     counts = torch.bincount(images, minlength=len(inputs)).tolist()
-    size = 1 if _has_cache(found.device) else max(1, GPU_ELEMENTS // by_offset[0].numel())
+    size = max(1, elements_at_once(found.device, 1) // by_offset[0].numel())  # on a CPU image by image
     end = 0
     for start in range(0, len(inputs), size):
         together = slice(start, start + size)
@@ -78,11 +75,6 @@ def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, imag
             own = inputs[together], flat[together], images[begin:end] - start, channels[begin:end]
             _fill(layer, *own, by_offset, found[begin:end])
     return found
-
-
-def _has_cache(device: torch.device) -> bool:
-    """Whether it is the memory that takes the time: on a CPU. A GPU waits for the next thing to do."""
-    return device.type == "cpu"
 
 
 def _fill(
@@ -95,13 +87,26 @@ def _fill(
     found: Tensor,
 ) -> None:
     """Relevances of some pairs: gradient ``[B, C, P]``, weights ``[k, C, I]``, results ``[n, I]``."""
-    if _has_cache(found.device):  # one image
-        _of_image(layer, inputs, gradient[0], channels, by_offset, found)
-    elif len(found) * gradient.shape[2] <= gradient[..., 0].numel():  # copies of inputs are less than what all take
+    if len(inputs) == 1 and group_count(layer) == 1:
+        _fill_of_one(layer, inputs, gradient[0], channels, by_offset, found)
+    elif len(found) * gradient.shape[2] < gradient[..., 0].numel():  # copies of inputs are less than what all take
         found.copy_(_of_some(layer, inputs, gradient, images, channels, by_offset))
     else:
         rows = images * gradient.shape[1] + channels
         torch.index_select(_of_all(layer, inputs, gradient, by_offset).flatten(0, 1), 0, rows, out=found)
+
+
+def _fill_of_one(
+    layer: LinearLayer, inputs: Tensor, gradient: Tensor, channels: Tensor, by_offset: Tensor, found: Tensor
+) -> None:
+    """Relevances of some channels of one image, offset by offset, so that little is worked on at a time."""
+    is_all = torch.equal(channels, torch.arange(len(gradient), device=channels.device))
+    own = slice(None) if is_all else channels  # by itself: nothing is picked
+    slopes, (first, *others) = gradient[own], zip(by_offset, _inputs_by_offset(layer, inputs), strict=True)
+    weights, reads = first
+    torch.mm(slopes, reads[0].mT, out=found).mul_(weights[own])
+    for weights, reads in others:
+        found.addcmul_(slopes @ reads[0].mT, weights[own])
 
 
 def _of_all(layer: LinearLayer, inputs: Tensor, gradient: Tensor, by_offset: Tensor) -> Tensor:
@@ -125,25 +130,6 @@ def _of_some(
         products = (reads.unflatten(1, (groups, -1))[places] @ slopes)[..., 0]
         total = products.mul_(weights[channels]).add_(total)
     return total
-
-
-def _of_image(
-    layer: LinearLayer, inputs: Tensor, gradient: Tensor, channels: Tensor, by_offset: Tensor, found: Tensor
-) -> None:
-    """Relevances of some channels of one image, offset by offset, so that little is worked on at a time."""
-    if group_count(layer) > 1:  # whole groups are multiplied faster than the inputs of each channel are copied
-        found.copy_(_of_all(layer, inputs, gradient[None], by_offset)[0, channels])
-        return
-    is_all = torch.equal(channels, torch.arange(len(gradient)))
-    own = slice(None) if is_all else channels  # by itself: nothing is picked
-    slopes, products = gradient[own], found
-    for weights, reads in zip(by_offset, _inputs_by_offset(layer, inputs), strict=True):
-        torch.mm(slopes, reads[0].mT, out=products)
-        if products is found:  # the first
-            found.mul_(weights[own])
-            products = torch.empty_like(found) if len(by_offset) > 1 else found
-        else:
-            found.addcmul_(products, weights[own])
 
 
 def source_contributions(

@@ -20,6 +20,9 @@ LARGEST, SMALLEST, UNCOUNTED = 96, 32, 48
 """Longest side of a thumbnail, in pixels: where there is room for such, where there is hardly any, and where nobody
 knows how many images there will be."""
 
+MAX_SHRINK = 64
+"""By how much a GPU shrinks an image: its multiprocessors have no room for the weights of more pixels."""
+
 NOTHING = (1, 1)
 """Size of thumbnails, in an exchange between processes, where there are none."""
 
@@ -79,7 +82,7 @@ def thumbnails(images: Tensor, side: int, denormalize: Callable[[Tensor], Tensor
         torch.Size([2, 3, 8, 8])
     """
     images = images.detach()
-    if not images.is_cuda:
+    if not images.is_cuda or max(images.shape[2:]) > MAX_SHRINK * side:  # other devices may not have antialiasing
         images = images.cpu()
     if callable(denormalize):
         shown = _at_most(side, _own(images.cpu(), denormalize))

@@ -16,7 +16,7 @@ from lightning_polydis import (
     visualize_channels,
 )
 from tests.networks import BottleneckNet, conv_relu_net, loader, make_batches, make_images, plan_for
-from tests.planted import PlantedNet, planted_images
+from tests.planted import Autoencoder, planted_loader
 from tests.runs import SETTINGS, Recorder, callback_for, make_trainer, n_hooks
 
 pytestmark = [
@@ -53,13 +53,15 @@ def found(report):
 
 
 def assert_alike(report, expected):
+    assert expected.channels
     assert found(report) == found(expected)
+    assert [channel.channel for channel in report.channels] == [channel.channel for channel in expected.channels]
     ours, theirs = (torch.tensor([pair.cosine_similarity for pair in one.pairs]) for one in (report, expected))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert len(report.plan) == len(expected.plan)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=IDS)
+@pytest.mark.parametrize("method", METHODS[:4], ids=IDS[:4])
 @pytest.mark.parametrize("layers", ["net.2", ["net.2", "net.4"]])
 def test_the_callback_finds_what_it_finds_on_the_cpu(module, method, layers, tmp_path):
     reports = []
@@ -67,8 +69,6 @@ def test_the_callback_finds_what_it_finds_on_the_cpu(module, method, layers, tmp
         callback = ChannelDisentanglement(layers, strict=True, **settings_for(method))
         make_trainer(tmp_path, callback, **where).validate(copy.deepcopy(module), loader(n=160), verbose=False)
         reports.append(callback.report)
-    if "concepts" not in method:
-        assert reports[0].pairs
     assert_alike(reports[1], reports[0])
 
 
@@ -81,14 +81,14 @@ def test_the_plain_function_finds_what_it_finds_on_the_cpu(module, method):
     assert next(module.parameters()).device.type == "cpu"
 
 
-def test_planted_channels_are_found_and_split_without_labels():
-    torch.manual_seed(0)
-    net = PlantedNet().eval().cuda()
-    batches = [(part,) for part in planted_images(300, 0)[0].split(50)]
-    report = find_polysemantic_channels(net, batches, "mix", concepts="clusters", progress=False)
-    expected = find_polysemantic_channels(net.cpu(), batches, "mix", concepts="clusters", progress=False)
-    assert [c.channel for c in report.channels] == [c.channel for c in expected.channels]
-    assert report.channels
+def test_planted_channels_are_found_without_labels(tmp_path):
+    reports = []
+    for where in ({}, GPU):
+        torch.manual_seed(0)
+        callback = ChannelDisentanglement("net.mix", concepts="clusters", strict=True)
+        make_trainer(tmp_path, callback, **where).validate(Autoencoder(), planted_loader(), verbose=False)
+        reports.append(callback.report)
+    assert_alike(reports[1], reports[0])
 
 
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
@@ -192,7 +192,9 @@ def test_a_process_group_of_nccl(module, method, tmp_path):
     make_trainer(tmp_path, expected, **GPU).validate(copy.deepcopy(module), loader(), verbose=False)
     callback = ChannelDisentanglement("net.2", strict=True, **settings_for(method))
     trainer = make_trainer(tmp_path, callback, strategy="ddp", **GPU)
-    trainer.validate(module, loader(), verbose=False)
-    assert torch.distributed.get_backend() == "nccl"
-    assert found(callback.report) == found(expected.report)
-    torch.distributed.destroy_process_group()
+    try:
+        trainer.validate(module, loader(), verbose=False)
+        assert torch.distributed.get_backend() == "nccl"
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_alike(callback.report, expected.report)

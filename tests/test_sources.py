@@ -12,13 +12,10 @@ from lightning_polydis.sources import source_contributions, source_relevances
 from tests.test_layers import LAYERS
 
 
-@pytest.mark.parametrize("at_once", [1, 2**18])
-@pytest.mark.parametrize("way", ["image by image", "together"])
+@pytest.mark.parametrize("at_once", [1, 2**18], ids=["image by image", "together"])
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=str)
-def test_source_relevances_are_weight_x_gradient_of_the_logit(layer, shape, way, at_once, monkeypatch):
-    monkeypatch.setattr(sources, "CACHED_ELEMENTS", at_once)
-    monkeypatch.setattr(sources, "GPU_ELEMENTS", at_once)
-    monkeypatch.setattr(sources, "_has_cache", lambda device: device.type == "cpu" and way == "image by image")
+def test_source_relevances_are_weight_x_gradient_of_the_logit(layer, shape, at_once, monkeypatch):
+    monkeypatch.setattr(sources, "elements_at_once", lambda device, on_a_cpu: at_once)
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).double()
     x = torch.randn(shape, dtype=torch.float64)
@@ -40,7 +37,7 @@ def test_pairs_that_are_few_take_the_same_relevances_together(monkeypatch):
     layer, x = nn.Conv2d(8, 40, 3, groups=4).double(), torch.randn(5, 8, 4, 4, dtype=torch.float64)
     gradient, pairs = torch.randn_like(layer(x)), (torch.arange(5), torch.tensor([3, 39, 0, 17, 20]))
     expected = source_relevances(layer, x, gradient, *pairs)
-    monkeypatch.setattr(sources, "_has_cache", lambda device: False)
+    monkeypatch.setattr(sources, "elements_at_once", lambda device, on_a_cpu: 2**18)
     monkeypatch.setattr(sources, "_of_all", None)
     torch.testing.assert_close(source_relevances(layer, x, gradient, *pairs), expected, rtol=1e-12, atol=1e-12)
 

@@ -81,6 +81,22 @@ def test_unknown_ranges_are_stretched_image_by_image():
     assert shown.amax((1, 2, 3)).tolist() == [255, 255]
 
 
+@pytest.mark.parametrize("normalisation", [None, (MEAN, STD)], ids=["stretched", "mean and std"])
+def test_small_pictures_show_the_values_of_large_ones(normalisation):
+    """A bright pixel that vanishes in the small picture counts all the same."""
+    images = torch.rand(2, 3, 200, 100) * 3 - 1
+    images[0, :, 70, 30] = 20
+    if normalisation is None:
+        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+        large = (images - low) / (high - low)
+    else:
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalisation)
+        large = images * std + mean
+    small = torch.nn.functional.interpolate(large, (50, 25), mode="bilinear", antialias=True)
+    expected = (255 * small.clamp(0, 1)).round()
+    assert (thumbnails(images, 50, normalisation).float() - expected).abs().max() <= 1
+
+
 def test_large_images_become_small_and_keep_their_shape():
     assert thumbnails(torch.rand(1, 3, 200, 100), 50, None).shape == (1, 3, 50, 25)
 

@@ -161,8 +161,7 @@ class InputPool(Metric):
         pictures = list(map(exchanged, pictures))
         has_all = all(piece.numel() for piece in pictures)  # or those of one process would be black
         shown = _together([picture for piece in pictures for picture in piece]) if has_all else None
-        whole = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-        return PooledInputs(torch.cat(images), torch.cat(labels), whole, shown)
+        return PooledInputs(torch.cat(images), torch.cat(labels), joined(inputs), shown)
 
 
 def _at_most(picture: Tensor, side: int) -> Tensor:

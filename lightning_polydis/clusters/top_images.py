@@ -12,15 +12,15 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_polydis.layers import channels_are_last, reads_padding
 from lightning_polydis.processes import is_distributed
-from lightning_polydis.sources import CACHED_ELEMENTS, elements_at_once, source_relevances
+from lightning_polydis.sources import elements_at_once, source_relevances
 
 if TYPE_CHECKING:
     from lightning_polydis.clusters.watching import Use
     from lightning_polydis.layers import LinearLayer
 
 FREE, UNKNOWN = -1, -1
-CHUNK_ELEMENTS = 2**20
-"""Elements of relevance vectors that are made at once."""
+CHUNK_ELEMENTS, CACHED_ELEMENTS = 2**20, 2**18
+"""Elements of relevance vectors that a CPU makes, and scales, at once."""
 
 STATES = ("sides", "strengths", "images", "labels", "vectors")
 
