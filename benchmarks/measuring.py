@@ -65,8 +65,8 @@ def wait_for(device: str) -> None:
 def keep_freed_memory() -> None:
     """Have glibc keep memory that is freed (Linux).
 
-    Whether it gives that back to the system after each batch, and has to ask for it again, depends on what happens to lie
-    behind it: with the same network it was from 12,000 to 65,000 page faults a batch, a quarter of an epoch's time, with
+    Whether it gives that back to the system after each batch, and has to ask for it again, depends on what happens to
+    lie behind it: the same network had from 12,000 to 65,000 page faults a batch, a quarter of an epoch's time, with
     the callback and without.
     """
     libc = ctypes.CDLL("libc.so.6")

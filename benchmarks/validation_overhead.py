@@ -52,10 +52,10 @@ class Model:
 
 MODELS = {
     "resnet18": Model("ResNet-18", torchvision.models.resnet18, "layer4.1.conv2", 40),
-    "resnet50": Model("ResNet-50", torchvision.models.resnet50, "layer4.2.conv3", 8),
-    "convnext": Model("ConvNeXt-T", torchvision.models.convnext_tiny, "features.7.2.block.5", 8),
-    "vit": Model("ViT-B/16", torchvision.models.vit_b_16, "encoder.layers.encoder_layer_11.mlp.3", 4),
-    "squeezenet": Model("SqueezeNet 1.1", torchvision.models.squeezenet1_1, "features.12.expand1x1", 40),
+    "resnet50": Model("ResNet-50", torchvision.models.resnet50, "layer4.2.conv3", 24),
+    "convnext": Model("ConvNeXt-T", torchvision.models.convnext_tiny, "features.7.2.block.5", 16),
+    "vit": Model("ViT-B/16", torchvision.models.vit_b_16, "encoder.layers.encoder_layer_11.mlp.3", 8),
+    "squeezenet": Model("SqueezeNet 1.1", torchvision.models.squeezenet1_1, "features.12.expand1x1", 80),
     "resnext50": Model("ResNeXt-50, 32 groups", torchvision.models.resnext50_32x4d, "layer4.2.conv2", 8),
 }
 DEFAULT_MODELS = ["resnet18", "resnet50", "convnext", "vit", "squeezenet"]
