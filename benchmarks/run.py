@@ -46,7 +46,7 @@ class Benchmark:
     on_gpu: tuple[str, ...] = ()
 
 
-SMALL_OVERHEAD = "validation_overhead.py --models squeezenet --image-size 48 --batch-size 4 --batches 0.05 --classes 5"
+SMALL_OVERHEAD = "validation_overhead.py --models squeezenet --image-size 48 --batch-size 4 --batches 0.025 --classes 5"
 SMALL_WORLD = "against_paper_pipeline.py --images 2 --training-images 4 --epochs 1 --similarity-threshold 1 --splits 1"
 SMALL_WORLD += " --relevance-threshold 0.03"
 ON_GPU = "validation_overhead.py --device cuda --batch-size 64 --batches 4 --repeats 2"
@@ -57,7 +57,7 @@ BENCHMARKS = {
         (f"{ON_GPU} --variants bare paper optimized clusters",),
     ),
     "replay": Benchmark(
-        ("validation_overhead.py --variants replay-paper replay-optimized --batches 0.5 --repeats 3",),
+        ("validation_overhead.py --variants replay-paper replay-optimized --batches 0.25 --repeats 3",),
         (),
         (f"{ON_GPU} --variants replay-paper replay-optimized",),
     ),
