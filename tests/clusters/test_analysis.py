@@ -15,13 +15,6 @@ from lightning_polydis.settings import AnalysisSettings
 from tests.clusters.runs import analysed, noise, settings, small_net
 from tests.runs import n_hooks
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The layer inputs of only"),
-    pytest.mark.filterwarnings("ignore:Only the .* strongest images"),
-    pytest.mark.filterwarnings("ignore:The images do not fit"),
-    pytest.mark.filterwarnings("ignore:The ``compute`` method"),
-]
-
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_batches_that_hold_nan_or_infinity_are_left_out_and_counted(bad):

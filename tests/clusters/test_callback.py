@@ -15,12 +15,6 @@ from tests.clusters.runs import find, found_in, n_modes, plain_batches
 from tests.planted import MERGED, Autoencoder, PlantedNet, planted_images, planted_loader
 from tests.runs import Recorder, make_trainer, n_hooks
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)`"),
-]
-
 
 def callback_for(layers="net.mix", **settings):
     return ChannelDisentanglement(layers, concepts="clusters", **{"strict": True, **settings})

@@ -14,13 +14,6 @@ from lightning_polydis.forward import PassDone
 from tests.clusters.runs import analysed, noise, watched
 from tests.runs import n_hooks
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The layer inputs of only"),
-    pytest.mark.filterwarnings("ignore:Only the .* strongest images"),
-    pytest.mark.filterwarnings("ignore:The images do not fit"),
-    pytest.mark.filterwarnings("ignore:The ``compute`` method"),
-]
-
 
 class Reading(nn.Module):
     """A convolution and something that reads it."""

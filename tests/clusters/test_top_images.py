@@ -12,12 +12,7 @@ from lightning_polydis.clusters.watching import Use
 from lightning_polydis.layers import channel_count, inputs_per_channel, sources_of
 from tests.clusters.runs import analysed, noise
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The layer inputs of only"),
-    pytest.mark.filterwarnings("ignore:Only the .* strongest images"),
-    pytest.mark.filterwarnings("ignore:The images do not fit"),
-    pytest.mark.filterwarnings("ignore:The ``compute`` method"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method")
 
 LAYERS = {
     "1 x 1": (lambda: nn.Conv2d(6, 5, 1), (6, 4, 4)),
