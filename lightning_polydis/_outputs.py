@@ -108,6 +108,8 @@ def split_trained(
             "The weights have changed since the analysis that the split follows from; the final weights are split. "
             "Let the last epoch end with a validation to analyse what is split."
         )
+    if not len(plan):
+        rank_zero_info("No channel was flagged, so nothing is split. `report.suggest_settings()` may know why.")
     for layer, deviation in split_checked(module, plan, report.sample_inputs()).items():
         n_split = len(plan.of_layer(layer))
         rank_zero_info(

@@ -387,6 +387,8 @@ class ChannelDisentanglement(Callback):
             with in_lightnings_words():
                 report = self._report if self._is_current else None
                 self._applied = split_trained(trainer, pl_module, report, self._analysed_step)
+        elif self._report is None:
+            rank_zero_warn("No validation epoch was analysed, so there is no report. Validate in `fit`, or afterwards.")
 
     def _finish_run(self, trainer: pl.Trainer) -> None:
         if self._report is not None and self._is_news:

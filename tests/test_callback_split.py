@@ -41,6 +41,21 @@ def test_fit_ends_with_a_split_module_that_computes_the_same(module, tmp_path, c
     assert {split.channel for split in callback.plan if split.layer == "net.2"} == set(module.net[2].channels.tolist())
 
 
+def test_nothing_to_split_is_told(module, tmp_path, caplog):
+    callback = callback_for(split=True, similarity_threshold=-0.99)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        make_trainer(tmp_path, callback).fit(module, loader(), loader())
+    assert any("No channel was flagged, so nothing is split" in record.message for record in caplog.records)
+    assert isinstance(module.net[2], nn.Conv2d)
+
+
+def test_a_fit_without_validation_says_that_there_is_no_report(module, tmp_path):
+    callback = callback_for()
+    with pytest.warns(UserWarning, match="No validation epoch was analysed, so there is no report"):
+        make_trainer(tmp_path, callback).fit(module, loader())
+    assert callback.report is None
+
+
 def test_the_precision_of_the_split_is_told(module, tmp_path, caplog):
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         make_trainer(tmp_path, callback_for(split=True)).fit(module, loader(), loader())

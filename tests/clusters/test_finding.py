@@ -83,7 +83,7 @@ def test_k_means_is_as_tight_as_that_of_scikit_learn(draw):
             theirs = cluster.KMeans(k, n_init=3, random_state=0).fit(points[place][own].numpy())
             ratios.append(float(found.inertia[place]) / theirs.inertia_)
     found = torch.tensor(ratios)
-    assert float(found.log().mean().exp()) < 1.01
+    assert float(found.log().mean().exp()) < 1.02
     assert float(found.median()) < 1.001
     assert float((found < 1.01).float().mean()) >= 0.75, "three starts each: now and then one side is luckier"
 
