@@ -61,7 +61,11 @@ BENCHMARKS = {
         (),
         (f"{ON_GPU} --variants replay-paper replay-optimized",),
     ),
-    "paper-pipeline": Benchmark(("against_paper_pipeline.py",), (f"{SMALL_WORLD} --repeats 1",)),
+    "paper-pipeline": Benchmark(
+        ("against_paper_pipeline.py",),
+        (f"{SMALL_WORLD} --repeats 1",),
+        ("against_paper_pipeline.py --device cuda",),
+    ),
     "paper-pipeline-growth": Benchmark(
         ("against_paper_pipeline.py --growth --repeats 1",), (f"{SMALL_WORLD} --growth",)
     ),
@@ -70,7 +74,7 @@ BENCHMARKS = {
     ),
     "scale-growth": Benchmark(("scale.py --growth --threads 1 --method optimized",), ()),
     "scale": Benchmark(("scale.py",), ("scale.py --quick",)),
-    "memory": Benchmark(("memory.py",), ("memory.py --quick",)),
+    "memory": Benchmark(("memory.py",), ("memory.py --quick",), ("memory.py --device cuda",)),
     "planted": Benchmark(
         tuple(f"planted.py {options}" for options in ("--in-common 20", "--in-common 0", "--in-common 0 --early")),
         (),

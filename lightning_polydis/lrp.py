@@ -206,8 +206,8 @@ class SplitMergeBatchNorm(Canonizer):  # type: ignore[misc]
         ones, zeros = torch.ones_like(scale), torch.zeros_like(scale)
         stores[0].update(weight=nn.Parameter(weight, False), bias=nn.Parameter(bias, False))
         stores[1].update(weight=nn.Parameter(ones, False), bias=nn.Parameter(zeros, False))
-        stores[2].update(running_var=norm.running_var.clone(), running_mean=zeros.clone())
-        _leave_values_alone(norm)
+        stores[2].update(running_var=ones.clone(), running_mean=zeros.clone())
+        _leave_values_alone(norm)  # whose tensors are not those that are kept
 
     def remove(self) -> None:
         """Put everything back."""

@@ -85,14 +85,14 @@ def thumbnails(images: Tensor, side: int, denormalize: Callable[[Tensor], Tensor
     if not images.is_cuda or max(images.shape[2:]) > MAX_SHRINK * side:  # other devices may not have antialiasing
         images = images.cpu()
     if callable(denormalize):
-        shown = _at_most(side, _own(images.cpu(), denormalize))
+        shown = at_most(side, _own(images.cpu(), denormalize))
     else:  # what is the same for all pixels of an image costs less on few of them
-        shown = _between_0_and_1(_at_most(side, images.float()), images, denormalize)
+        shown = _between_0_and_1(at_most(side, images.float()), images, denormalize)
     return (255 * shown.clamp(0, 1)).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous().cpu()
 
 
-def _at_most(side: int, images: Tensor) -> Tensor:
-    """The images, no longer than so many pixels."""
+def at_most(side: int, images: Tensor) -> Tensor:
+    """Images ``[n, C, H, W]``, floating point, with no side longer than so many pixels; those that fit as they are."""
     height, width = images.shape[2:]
     scale = min(1.0, side / max(height, width))
     if scale == 1:

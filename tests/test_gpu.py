@@ -184,6 +184,10 @@ def test_visualisation_of_a_network_on_a_gpu(module):
     pytest.importorskip("horama")
     pictures = visualize_channels(module.net.cuda(), plan_for(module.net, "2"), input_size=16, steps=2, progress=False)
     assert len(pictures) > 0
+    for one in pictures:
+        assert one.original.device.type == "cpu"
+        assert one.parts.isfinite().all()
+        assert not torch.equal(one.parts[0], one.parts[1])  # each looks for something else
 
 
 @pytest.mark.parametrize("method", METHODS[:2], ids=IDS[:2])

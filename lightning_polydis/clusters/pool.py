@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import Metric
 
 from lightning_polydis.processes import joined
-from lightning_polydis.thumbnails import LARGEST, SMALLEST, as_large_as, exchanged, thumbnails, to_exchange
+from lightning_polydis.thumbnails import LARGEST, SMALLEST, as_large_as, at_most, exchanged, thumbnails, to_exchange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -119,7 +118,7 @@ class InputPool(Metric):
         while self._side >= SMALLEST and self._bytes_of_pictures() > self._picture_bytes:
             self._side = self._side * 3 // 4
             for number, entry in self._kept.items():
-                self._kept[number] = entry._replace(picture=_at_most(entry.picture, self._side))
+                self._kept[number] = entry._replace(picture=_smaller(entry.picture, self._side))
 
     def _bytes_of_pictures(self) -> int:
         return sum(entry.picture.numel() for entry in self._kept.values())
@@ -164,15 +163,11 @@ class InputPool(Metric):
         return PooledInputs(torch.cat(images), torch.cat(labels), joined(inputs), shown)
 
 
-def _at_most(picture: Tensor, side: int) -> Tensor:
+def _smaller(picture: Tensor, side: int) -> Tensor:
     """A picture ``[3, h, w]`` with no side longer than that; of no size if nothing could be seen."""
     if side < SMALLEST or not picture.numel():
         return picture.new_empty(3, 0, 0)
-    scale = side / max(picture.shape[1:])
-    if scale >= 1:
-        return picture
-    size = [max(1, round(scale * length)) for length in picture.shape[1:]]
-    return F.interpolate(picture[None].float(), size, mode="bilinear", antialias=True)[0].round().to(torch.uint8)
+    return at_most(side, picture[None].float())[0].round().to(torch.uint8)
 
 
 def _together(pictures: list[Tensor]) -> Tensor:
