@@ -49,7 +49,7 @@ class Benchmark:
 SMALL_OVERHEAD = "validation_overhead.py --models squeezenet --image-size 48 --batch-size 4 --batches 0.025 --classes 5"
 SMALL_WORLD = "against_paper_pipeline.py --images 2 --training-images 4 --epochs 1 --similarity-threshold 1 --splits 1"
 SMALL_WORLD += " --relevance-threshold 0.03"
-ON_GPU = "validation_overhead.py --device cuda --batch-size 64 --batches 4 --repeats 2"
+ON_GPU = "validation_overhead.py --device cuda --batch-size 64 --batches 2 --repeats 3"
 BENCHMARKS = {
     "overhead": Benchmark(
         ("validation_overhead.py --repeats 3",),

@@ -104,7 +104,8 @@ def _separation(evidence: LayerEvidence, candidate: ChannelSplit) -> float:
     weight, biases = part_weights(flat_weight(layer)[candidate.channel], bias, candidate.membership)
     for own, (concept, sign) in enumerate(zip(candidate.concepts, candidate.signs(), strict=True)):
         inputs = evidence.samples.of_classes(concept).inputs
-        outputs = channel_outputs(layer, inputs, weight[:2], None if biases is None else biases[:2])
+        own_biases = None if biases is None else biases[:2]
+        outputs = channel_outputs(layer, inputs, weight[:2], own_biases, [candidate.channel] * 2)
         activation = (sign * outputs).clamp(min=0).sum(2)
         total += float((activation[:, own] / (activation[:, 1 - own] + 1e-5)).mean())
     return total

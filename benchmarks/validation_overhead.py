@@ -7,10 +7,14 @@ validation to the last but one, so everything that the callback does for an epoc
 run ends (a plan, its quality, the table), is reported by itself. Memory is the largest resident set of a fresh process,
 from Linux's ``/proc``; with a GPU, the most that was allocated there.
 
+An epoch is one of ImageNet in small: with a fiftieth of the classes, 50 images of each, and a fiftieth of
+``calibration_memory``, an image meets what it would meet there: as many samples of its class and as many vectors.
+
 Example:
     python benchmarks/validation_overhead.py --models resnet50 squeezenet
     python benchmarks/validation_overhead.py --models resnet18 --compile --variants optimized
     python benchmarks/validation_overhead.py --models squeezenet --variants clusters
+    python benchmarks/validation_overhead.py --models squeezenet --data-set-classes 20
     python benchmarks/validation_overhead.py --device cuda --batch-size 64 --batches 4
 """
 
@@ -19,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import inspect
 import io
 import logging
 import statistics
@@ -77,7 +82,6 @@ HEADER = (
     *("s at the end of the run", "MiB without", "MiB with"),
 )
 N_IMAGE_BATCHES = 4
-IMAGES_PER_CLASS = 5
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -166,10 +170,14 @@ class Overhead:
         model: Which.
         arguments: The command line.
         n_batches: Of an epoch.
+        in_small: Whether memory and classes are less than those of all classes by as much as the images are.
     """
 
-    def __init__(self, model: Model, arguments: argparse.Namespace, n_batches: int) -> None:
+    def __init__(self, model: Model, arguments: argparse.Namespace, n_batches: int, in_small: bool = True) -> None:
         self.model, self.arguments, self.n_batches = model, arguments, n_batches
+        self.settings = {"calibration_samples": arguments.calibration_samples}
+        if in_small:
+            self.settings |= in_proportion(arguments, n_batches * arguments.batch_size)
         torch.manual_seed(0)
         self.module = Classifier(model.build(weights=None, num_classes=arguments.classes))
         if arguments.compile:
@@ -185,8 +193,7 @@ class Overhead:
             return []
         if variant == "bare":
             return [BareBackward(layer)]
-        settings = {"calibration_samples": self.arguments.calibration_samples, **VARIANTS[variant]}
-        return [ChannelDisentanglement(layer, strict=True, **settings)]
+        return [ChannelDisentanglement(layer, strict=True, **self.settings, **VARIANTS[variant])]
 
     def validate(self, variant: str) -> float:
         """Seconds of one epoch; what the end of the run takes is kept in ``ends``."""
@@ -218,20 +225,27 @@ class Overhead:
             raise RuntimeError(f"Expected {expected} images to be analysed, but got {callback.report.n_images}.")
 
 
-def make_loader(arguments: argparse.Namespace, n_batches: int) -> DataLoader:
-    """Random images, a few batches of them in turns, all in memory, five of each class.
+def classes_seen(arguments: argparse.Namespace, n_images: int) -> int:
+    """How many classes so many images are of."""
+    return min(arguments.classes, max(2, n_images // arguments.images_per_class))
 
-    With one of each, what comes once for each class would weigh far more than in an epoch of usual length. With fifty,
-    a few classes would make up the epoch, and those few that have relevance vectors for all channels (16 of 1000 in
-    ResNet-18) would be all there are.
-    """
+
+def in_proportion(arguments: argparse.Namespace, n_images: int) -> dict[str, Any]:
+    """Settings under which those classes are all there are, with their share of the default memory."""
+    seen = classes_seen(arguments, n_images)
+    memory = inspect.signature(ChannelDisentanglement).parameters["calibration_memory"].default
+    share = min(1.0, seen / arguments.data_set_classes)
+    return {"logits_fn": lambda logits: logits[:, :seen], "calibration_memory": memory * share}
+
+
+def make_loader(arguments: argparse.Namespace, n_batches: int) -> DataLoader:
+    """Random images, a few batches of them in turns, all in memory, as many of each class."""
     draw = torch.Generator().manual_seed(1)
     shape = (arguments.batch_size, 3, arguments.image_size, arguments.image_size)
     images = [torch.randn(shape, generator=draw) for _ in range(min(N_IMAGE_BATCHES, n_batches))]
     n_images = n_batches * arguments.batch_size
-    seen = torch.randperm(arguments.classes, generator=draw)[: max(2, n_images // IMAGES_PER_CLASS)]
-    order = torch.randperm(n_images, generator=draw) % len(seen)
-    targets = seen[order].view(n_batches, arguments.batch_size)
+    order = torch.randperm(n_images, generator=draw) % classes_seen(arguments, n_images)
+    targets = order.view(n_batches, arguments.batch_size)
     return DataLoader([(images[row % len(images)], own) for row, own in enumerate(targets)], batch_size=None)
 
 
@@ -273,15 +287,16 @@ def _target(variant: str, bare: float | None) -> str:
 
 def peak_memory(name: str, variant: str, arguments: argparse.Namespace) -> float:
     """Largest memory of a short validation epoch in a fresh process, in MiB."""
-    own = [f"--{key.replace('_', '-')}={getattr(arguments, key)}" for key in ("batch_size", "classes")]
-    own += [f"--image-size={arguments.image_size}", f"--models={name}", f"--memory-of={variant}"]
+    same = ("batch_size", "classes", "image_size", "images_per_class")
+    own = [f"--{key.replace('_', '-')}={getattr(arguments, key)}" for key in same]
+    own += [f"--models={name}", f"--memory-of={variant}"]
     command = [sys.executable, __file__, *own, *["--compile"] * arguments.compile]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def report_memory(arguments: argparse.Namespace) -> None:
     """Run one epoch and print this process's largest memory."""
-    Overhead(MODELS[arguments.models[0]], arguments, N_IMAGE_BATCHES).validate(arguments.memory_of)
+    Overhead(MODELS[arguments.models[0]], arguments, N_IMAGE_BATCHES, in_small=False).validate(arguments.memory_of)
     print(peak_resident())
 
 
@@ -296,6 +311,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--images-per-class", type=int, default=50)
+    parser.add_argument("--data-set-classes", type=int, default=1000, help="of the data set that is shown in small")
     parser.add_argument("--calibration-samples", type=int, default=32, help="0: nothing is split")
     parser.add_argument(
         "--clock", choices=list(CLOCKS), default="wall", help="cpu: of this process, for busy machines and --threads 1"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_polydis._text import counted
 from lightning_polydis._trainer import averaged_twins
 from lightning_polydis.loggers import log_embeddings, log_report, log_results, show_report
 from lightning_polydis.surgery import disentangle, split_checked
@@ -111,10 +112,8 @@ def split_trained(
     if not len(plan):
         rank_zero_info("No channel was flagged, so nothing is split. `report.suggest_settings()` may know why.")
     for layer, deviation in split_checked(module, plan, report.sample_inputs()).items():
-        n_split = len(plan.of_layer(layer))
-        rank_zero_info(
-            f"Split {n_split} channels of `{layer}`; largest relative change of its output: {deviation:.1e}."
-        )
+        split = counted(len(plan.of_layer(layer)), "channel")
+        rank_zero_info(f"Split {split} of `{layer}`; largest relative change of its output: {deviation:.1e}.")
     for twin in averaged_twins(trainer):  # it has the final weights too, is what checkpoints hold, and is swapped in
         disentangle(twin, plan, inplace=True)
     return plan if len(plan) else None

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
+from lightning_polydis._text import images_left_out
 from lightning_polydis.batches import check_module_name, collector_for, targets_of
 from lightning_polydis.collection import LayerRecord, RelevanceCollector
 from lightning_polydis.discovery import LayerDiscovery
@@ -243,7 +244,9 @@ class ChannelAnalysis:
         """Thumbnails of some images of the batch."""
         if not rows or not self._thumbnail_side or self._images is None or len(self._images) != len(self._targets):
             return None
-        return thumbnails(self._images[rows], self._thumbnail_side, self._denormalize)
+        every = len(rows) == len(self._images)  # no copy of a whole batch
+        images = self._images if every else self._images[rows]
+        return thumbnails(images, self._thumbnail_side, self._denormalize)
 
     def _prepare(self, records: dict[str, LayerRecord], collector: RelevanceCollector) -> None:
         """Make room for the statistics, now that the number of classes and the sizes are known."""
@@ -339,11 +342,12 @@ def _remarks(n_images: Tensor, n_left_out: int) -> list[str]:
     empty = int((n_images == 0).sum())
     remarks = []
     if n_left_out:
-        remarks.append(f"{n_left_out} images were left out because their batch held NaN or infinity.")
+        remarks.append(images_left_out(n_left_out))
     if empty == len(n_images) - 1:
         remarks.append("All images are of one class; a channel is polysemantic for two classes or more.")
     elif empty:
-        remarks.append(f"{empty} of {len(n_images)} classes had no images and were left out.")
+        verb = "was" if empty == 1 else "were"
+        remarks.append(f"{empty} of {len(n_images)} classes had no images and {verb} left out.")
     return remarks
 
 

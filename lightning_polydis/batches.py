@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError, closest_names
 from lightning_polydis.collection import RelevanceCollector
+from lightning_polydis.thumbnails import IMAGE_KEYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +18,32 @@ if TYPE_CHECKING:
     from lightning_polydis.settings import AnalysisSettings
 
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")
+
+
+def inputs_of(batch: Any) -> Any:
+    """What the network reads of a batch, where nobody else calls it.
+
+    Raises:
+        ValueError: If it cannot be found.
+
+    Example:
+        >>> inputs_of({"image": 1, "label": 2}), inputs_of((1, 2))
+        (1, 1)
+    """
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Sequence) and len(batch) and not isinstance(batch, str):
+        return batch[0]
+    named = _named_parts(batch)
+    for key in IMAGE_KEYS:
+        if key in named:
+            return named[key]
+    raise InputError(
+        "Expected a batch to be (inputs, targets, ...), a tensor of inputs, or a dictionary or dataclass with one of "
+        f"the entries {', '.join(IMAGE_KEYS)}, but got {_described(batch)}. Turn yours into pairs: "
+        "`((batch['picture'], batch['species']) for batch in loader)`, or use the callback, which takes what "
+        "`validation_step` takes."
+    )
 
 
 def targets_of(batch: Any, settings: AnalysisSettings) -> Tensor:
@@ -52,15 +79,28 @@ def _own_targets(batch: Any, target_fn: Callable[[Any], Any]) -> Any:
 def _default_targets(batch: Any) -> Any:
     if isinstance(batch, Sequence) and len(batch) >= 2 and not isinstance(batch, str):
         return batch[1]
-    named = batch if isinstance(batch, Mapping) else getattr(batch, "__dict__", {})  # dataclasses and the like
+    named = _named_parts(batch)
     for key in TARGET_KEYS:
         if key in named:
             return named[key]
-    found = f"the keys {list(batch)}" if isinstance(batch, Mapping) else f"`{type(batch).__name__}`"
     raise InputError(
         "Expected a batch to be (inputs, targets, ...), or a dictionary or dataclass with one of the entries "
-        f"{', '.join(TARGET_KEYS)}, but got {found}. Pass `target_fn`, which takes a batch and returns class indices."
+        f"{', '.join(TARGET_KEYS)}, but got {_described(batch)}. Pass `target_fn`, which takes a batch and returns "
+        "class indices; where there are no labels, `concepts='clusters'` needs none."
     )
+
+
+def _named_parts(batch: Any) -> Mapping[str, Any]:
+    """The entries of a dictionary, a dataclass or the like."""
+    return batch if isinstance(batch, Mapping) else getattr(batch, "__dict__", {})
+
+
+def _described(batch: Any) -> str:
+    """What a batch is, for messages."""
+    if isinstance(batch, Mapping):
+        return f"the keys {list(batch)}"
+    sized = f" of length {len(batch)}" if isinstance(batch, Sequence) and not isinstance(batch, str) else ""
+    return f"`{type(batch).__name__}`{sized}"
 
 
 def labels_of(batch: Any, settings: AnalysisSettings) -> Tensor | None:

@@ -14,10 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_polydis._checks import InputError, check_bool, check_positive_int
-from lightning_polydis._epoch import AnalysedEpoch
+from lightning_polydis._epoch import AnalysedEpoch, check_dataloader
 from lightning_polydis._failures import guarded, in_lightnings_words
 from lightning_polydis._outputs import Outputs, split_trained
 from lightning_polydis._preparation import RunPreparation
+from lightning_polydis._text import changed_arguments
 from lightning_polydis._trainer import check_optimizer_states, check_strategy, is_last_validation
 from lightning_polydis.cards import EpochEntry, thinned
 from lightning_polydis.loggers import log_split_quality
@@ -156,10 +157,7 @@ class ChannelDisentanglement(Callback):
                 describe_fn=describe_fn,
             )
             check_positive_int("every_n_epochs", every_n_epochs)
-            if dataloader is not None and (isinstance(dataloader, bool) or not isinstance(dataloader, int | str)):
-                raise InputError(
-                    f"Expected argument `dataloader` to be a place, a key or None, but got {dataloader!r}."
-                )
+            check_dataloader(dataloader)
             for name, value in (("split", split), ("strict", strict), ("embeddings", embeddings)):
                 check_bool(name, value)
             if split and calibration_samples == 0:
@@ -181,6 +179,9 @@ class ChannelDisentanglement(Callback):
         self._has_fitted = False
         self._preparation: RunPreparation | None = None
         self._stage: str | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({changed_arguments(ChannelDisentanglement, self._settings, self)})"
 
     @property
     def report(self) -> PolysemanticityReport | None:
@@ -208,13 +209,12 @@ class ChannelDisentanglement(Callback):
         self._is_news = self._is_current = False
         self._chosen = None
         self._stage = stage
-        if stage != "predict":
-            with in_lightnings_words():
+        with in_lightnings_words():
+            if stage != "predict":
                 check_strategy(trainer, split=self.split and stage == "fit")
+            self._check_for_doubles(trainer)
         if not len(stored_plan(pl_module)):
             self._applied = None
-        with in_lightnings_words():
-            self._check_for_doubles(trainer)
         self._preparation = RunPreparation(trainer, pl_module)
 
     def _check_for_doubles(self, trainer: pl.Trainer) -> None:

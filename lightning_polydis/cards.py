@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lightning_polydis._text import counted
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -202,9 +204,8 @@ class ChannelCard:
         """
         concepts = (self.n_concepts or len(self.concepts)) - n_concepts
         classes = (self.n_classes or len(self.classes)) - n_classes
-        words = ("cluster", "clusters") if self.has_clusters else ("class", "classes")
-        parts = [_more(concepts, "concept", "concepts"), _more(classes, *words)]
-        text = ", ".join(part for part in parts if part)
+        counts = {"more concept": concepts, "more cluster" if self.has_clusters else "more class": classes}
+        text = ", ".join(counted(count, noun) for noun, count in counts.items() if count > 0)
         return text and f"+{text}"
 
     def to_json(self) -> dict[str, Any]:
@@ -237,10 +238,6 @@ def cluster_label(number: int) -> str:
         'cluster 1'
     """
     return f"cluster {number + 1}"
-
-
-def _more(count: int, one: str, several: str) -> str:
-    return f"{count} more {one if count == 1 else several}" if count > 0 else ""
 
 
 @dataclass(frozen=True)

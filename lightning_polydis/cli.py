@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lightning_polydis._checks import InputError
+from lightning_polydis._text import counted
 from lightning_polydis._version import __version__
 from lightning_polydis.checkpoint_files import read_checkpoint
 from lightning_polydis.plan import SplitPlan
@@ -169,7 +170,7 @@ def _suggested(report: PolysemanticityReport) -> str:
         suggested = report.suggest_settings()
     except InputError:  # the file holds no sweep
         return "Run the analysis again to see what other settings would have found."
-    return f"Suggested settings: {suggested.arguments()}. {suggested.reason}"
+    return f"Suggested settings: {suggested}"
 
 
 def _is_same(path: Path, other: Path) -> bool:
@@ -204,7 +205,7 @@ def _told(name: str, layer: SplitLayer) -> str:
     n_split, kind = len(layer.channels), type(layer.expand).__name__
     groups = f" of {layer.n_groups} groups" if layer.n_groups > 1 else ""
     return (
-        f"{name}: {n_split} of {layer.n_channels} channels split; {kind}{groups}, now with "
+        f"{name}: {n_split} of {counted(layer.n_channels, 'channel')} split; {kind}{groups}, now with "
         f"{layer.expand.weight.shape[0]} rows."
     )
 

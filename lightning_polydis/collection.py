@@ -7,6 +7,7 @@ have got without them; what the network does between layer and logits carries gr
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -25,7 +26,7 @@ from lightning_polydis.forward import (
     path_to,
 )
 from lightning_polydis.layers import at_least_single, channels_are_last, is_finite, sum_over_positions
-from lightning_polydis.logits import LogitsError, are_normalised, checked_logits
+from lightning_polydis.logits import OWN_CLASS_ONLY, LogitsError, are_normalised, checked_logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -127,6 +128,7 @@ class RelevanceCollector(Onlooker):
         self._stage: Literal["waiting", "recording", "done"] = "waiting"
         self._targets: Tensor | None = None
         self._seen: dict[str, tuple[Any, Tensor]] = {}
+        self._handed_on: dict[str, weakref.ref[Tensor]] = {}
         self._records: dict[str, LayerRecord] = {}
         self._has_output = False
         self._output: Any = None  # of the module that gives the logits
@@ -225,7 +227,8 @@ class RelevanceCollector(Onlooker):
         if not self._stack.running:
             raise InputError(
                 f"Layer `{name}` was called by itself, not from a module that contains it, so the logits that belong "
-                "to it cannot be found. Put the forward pass into `forward` and call the module."
+                f"to it cannot be found. If `{name}` makes the logits, name a layer before it: {OWN_CLASS_ONLY}. "
+                "Otherwise put the forward pass into `forward` and call the module."
             )
         if torch.is_inference_mode_enabled():
             raise InputError(
@@ -243,7 +246,9 @@ class RelevanceCollector(Onlooker):
         kept = output if output.requires_grad else output.detach().requires_grad_()
         self._seen[name] = (seen, kept)
         # A clone, because the in-place ReLU that often follows would overwrite what was kept.
-        return kept.clone()
+        handed_on = kept.clone()
+        self._handed_on[name] = weakref.ref(handed_on)
+        return handed_on
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """The outermost call is about to be made."""
@@ -310,6 +315,8 @@ class RelevanceCollector(Onlooker):
         logits = checked_logits(self._found_logits(output), self._targets, self._num_classes, where)
         self.logits = logits.detach()
         if self.num_logits is None:
+            makers = [name for name, handed_on in self._handed_on.items() if handed_on() is logits]
+            self.notes += [f"`{name}` makes the logits: {OWN_CLASS_ONLY}. Name a layer before it." for name in makers]
             self.num_logits = logits.shape[1]
             self.logits_are_normalised = are_normalised(logits.detach())
         return logits

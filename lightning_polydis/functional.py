@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +13,15 @@ from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
 from lightning_polydis.analyses import Analysis, Judgement, analysis_for, judgement_for
+from lightning_polydis.batches import inputs_of
 from lightning_polydis.plan import checked_plan
 from lightning_polydis.rehearsal import is_compiled, uncompiled
 from lightning_polydis.settings import AnalysisSettings
 from lightning_polydis.thumbnails import normalisation_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
     from lightning_polydis.evaluation import SplitQuality
     from lightning_polydis.plan import SplitPlan
     from lightning_polydis.report import PolysemanticityReport
@@ -42,8 +44,9 @@ def find_polysemantic_channels(
 
     Args:
         model: The network, called as ``model(inputs)``.
-        batches: Any iterable of ``(inputs, targets)``, a ``DataLoader`` for instance. For clusters ``(inputs,)`` will
-            do: targets that are classes only name them.
+        batches: Any iterable of ``(inputs, targets)``, a ``DataLoader`` for instance, or of dictionaries or dataclasses
+            with the network's input as ``"image"``, ``"images"``, ``"pixel_values"``, ``"input"``, ``"inputs"`` or
+            ``"x"``. For clusters the inputs alone will do: targets that are classes only name them.
         layers: Name or names from ``model.named_modules()``; `None`: see `AnalysisSettings`.
         device: Where to run; `None`: where the network's parameters are.
         progress: Show a progress bar.
@@ -92,7 +95,7 @@ def evaluate_splits(
     Args:
         model: The network, split or not; called as ``model(inputs)``, left as it was.
         plan: The splits to judge; the same channel may appear more than once.
-        batches: Any iterable of ``(inputs, targets)``. For a plan of clusters ``(inputs,)`` will do: targets, and all
+        batches: As for `find_polysemantic_channels`. For a plan of clusters the inputs alone will do: targets, and all
             arguments from ``relevance_threshold`` on, are not looked at.
         device: Where to run; `None`: where the network's parameters are.
         progress: Show a progress bar.
@@ -156,23 +159,14 @@ def _run(
         try:
             for batch in shown:
                 batch = apply_to_collection(batch, Tensor, lambda tensor: tensor.to(where), allow_frozen=True)
+                inputs = inputs_of(batch)
                 analysis.start_batch(batch)
-                model(_inputs_of(batch))
+                model(inputs)
                 analysis.finish_batch()
                 count += 1
         finally:
             analysis.close()
     return count
-
-
-def _inputs_of(batch: Any) -> Any:
-    if not isinstance(batch, Sequence) or isinstance(batch, str) or not len(batch):
-        raise InputError(
-            f"Expected each batch to be (inputs, targets), but got `{type(batch).__name__}`. Turn yours into pairs: "
-            "`((batch['image'], batch['label']) for batch in loader)` (for clusters `(inputs,)` will do), or use the "
-            "callback, which takes what `validation_step` takes."
-        )
-    return batch[0]
 
 
 def _length(batches: Iterable[Any]) -> int | None:

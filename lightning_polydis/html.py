@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from lightning_polydis._checks import InputError
 from lightning_polydis._files import written_whole
+from lightning_polydis._text import counted
 from lightning_polydis._version import __version__
 from lightning_polydis.cards import cluster_label
 from lightning_polydis.clusters.names import cluster_name
@@ -156,6 +157,7 @@ def _environment() -> Environment:
         "script_hash": f"sha256-{digest}",  # no other script runs, even if one slipped in
         "version": __version__,
         "number": _number,
+        "counted": counted,
         "literal": repr,
         "cluster_label": cluster_label,
         "chip_of": chip_of,
@@ -251,8 +253,8 @@ def _clusters(
 
 
 def _cluster(report: PolysemanticityReport, number: int, name: str, content: list[tuple[int, float]]) -> ClusterText:
-    says_more = not content or name != cluster_name(number, content, report.label)
-    shares = [(index, f"{share:.0%}".replace("%", "\N{NO-BREAK SPACE}%")) for index, share in content]
+    says_more = not content or name != cluster_name(number, content, report.class_names)
+    shares = [(index, f"({100 * share:.0f}\N{NO-BREAK SPACE}%)") for index, share in content]
     return ClusterText(name if says_more else None, shares)
 
 

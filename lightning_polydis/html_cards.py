@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch.nn import functional as F
 
+from lightning_polydis._text import counted
 from lightning_polydis.cards import CardImage
 from lightning_polydis.figures.canvas import CONCEPT_COLOURS, OTHER_COLOUR, density_of
 
@@ -217,7 +218,7 @@ def _description(activations: Sequence[Sequence[float]]) -> str:
             low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
             parts.append(
                 f"on images of concept {place + 1} median {quantity(median)}, middle half {quantity(low)} to "
-                f"{quantity(high)} ({len(values)} images)"
+                f"{quantity(high)} ({counted(len(values), 'image')})"
             )
     return f"Distribution of the activation: {'; '.join(parts)}."
 

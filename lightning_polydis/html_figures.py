@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_polydis import figures
+from lightning_polydis._text import counted
 from lightning_polydis.figures.canvas import names_up_to
 
 if TYPE_CHECKING:
@@ -98,8 +99,8 @@ def _similarities(overview: LayerOverview) -> str:
     limits = overview.edges[filled[0]], overview.edges[filled[-1] + 1]
     threshold = f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
     return (
-        f"Histogram of the similarities of {sum(counts)} candidate pairs of {kind}, in bins from {limits[0]:.2f} to "
-        f"{limits[1]:.2f}; {sum(overview.n_flagged_pairs)} are flagged, at a threshold of {threshold}."
+        f"Histogram of the similarities of {counted(sum(counts), 'candidate pair')} of {kind}, in bins from "
+        f"{limits[0]:.2f} to {limits[1]:.2f}; flagged: {sum(overview.n_flagged_pairs)}, at a threshold of {threshold}."
     )
 
 
@@ -107,15 +108,15 @@ def _relevance(overview: LayerOverview) -> str:
     values = np.array([row for row in overview.relevance if row])
     if not values.size:
         return "No channel is relevant for a class."
+    channels, classes = counted(len(overview.channels), "channel"), counted(len(overview.classes), "class")
     if overview.has_clusters:
         return (
-            f"Heat map: how large a part of the strongest images of each of {len(overview.channels)} channels is of "
-            f"each of {len(overview.classes)} classes; at most {values.max():.0%}."
+            f"Heat map: how large a part of the strongest images of each of {channels} is of each of {classes}; at "
+            f"most {values.max():.0%}."
         )
     return (
-        f"Heat map: for how large a part of the images of {len(overview.classes)} classes each of "
-        f"{len(overview.channels)} channels is relevant; {values.min():.0%} to {values.max():.0%}, mean "
-        f"{values.mean():.0%}."
+        f"Heat map: for how large a part of the images of {classes} each of {channels} is relevant; "
+        f"{values.min():.0%} to {values.max():.0%}, mean {values.mean():.0%}."
     )
 
 
@@ -126,15 +127,16 @@ def _quality(quality: list[SplitQuality]) -> str:
         if values:
             text = name.upper() if name == "auroc" else name
             parts.append(f"{text} {min(values):.2f} to {max(values):.2f}, median {np.median(values):.2f}")
-    return f"Quality of {len(quality)} split{'s' * (len(quality) != 1)}: {'; '.join(parts)}."
+    return f"Quality of {counted(len(quality), 'split')}: {'; '.join(parts)}."
 
 
 def _sweep(sweep: LayerSweep) -> str:
     flagged, thresholds, fractions = np.array(sweep.n_polysemantic), sweep.relevance_thresholds, sweep.class_fractions
     return (
-        f"Channels flagged at {len(thresholds)} relevance thresholds from {min(thresholds):g} to {max(thresholds):g} "
-        f"and {len(fractions)} class fractions from {min(fractions):g} to {max(fractions):g}: {flagged.min()} to "
-        f"{flagged.max()} of {sweep.n_channels}. The table below holds all numbers."
+        f"Channels flagged at {counted(len(thresholds), 'relevance threshold')} from {min(thresholds):g} to "
+        f"{max(thresholds):g} and {counted(len(fractions), 'class fraction')} from {min(fractions):g} to "
+        f"{max(fractions):g}: {flagged.min()} to {flagged.max()} of {sweep.n_channels}. The table below holds all "
+        "numbers."
     )
 
 

@@ -252,7 +252,7 @@ def _text(cell: object) -> str:
 
 def _sweep_table(report: PolysemanticityReport, sweep: LayerSweep) -> LogTable:
     suggested = report.suggest_settings()
-    text = f"Suggested: `{suggested.arguments()}`. {suggested.reason}\n\n{sweep_markdown(sweep)}"
+    text = f"Suggested: `{suggested.call()}`. {suggested.reason}\n\n{sweep_markdown(sweep)}"
     return LogTable(*sweep_table(sweep), text)
 
 

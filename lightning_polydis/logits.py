@@ -14,6 +14,12 @@ HINT = (
     "or `logits_fn`, which takes the network's output and returns them."
 )
 
+OWN_CLASS_ONLY = (
+    "each of its channels is the logit of one class, and nothing lies behind it through which another class could make "
+    "it relevant, so that none can be polysemantic"
+)
+"""What is the matter with a layer that makes the logits."""
+
 
 class LogitsError(InputError):
     """What was taken for the logits cannot be them."""

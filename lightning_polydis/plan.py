@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_polydis._checks import InputError
 from lightning_polydis._files import parse, read_json, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+FINGERPRINT = 8
+"""Weights of a channel that a split remembers."""
+
+ROUNDING = 2**-7
+"""Relative change of a weight that casts to half precision explain: ``bfloat16`` rounds by half as much at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +43,8 @@ class ChannelSplit:
         floors: With ``centres``, the activation from which on an image belongs to a concept at all, ``K`` numbers.
         zero: With ``centres``, the output above which the channel is on; not 0 where a batch norm shifts the output
             before it is rectified.
+        fingerprint: Some of the weights of the channel for which the split was chosen (see `fingerprints`), by which a
+            plan for other weights is noticed; no part of what makes two splits equal. `None`: not known.
 
     Raises:
         ValueError: If there are fewer than two concepts or the membership, directions or centres do not fit them.
@@ -49,6 +59,7 @@ class ChannelSplit:
     centres: Tensor | None = None
     floors: list[float] | None = None
     zero: float = 0.0
+    fingerprint: list[float] | None = None
 
     def __post_init__(self) -> None:
         if len(self.concepts) < 2:
@@ -92,7 +103,9 @@ class ChannelSplit:
         return f"ChannelSplit({self.layer!r}, channel {self.channel}, {name} {self.concepts})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ChannelSplit) and self.to_json() == other.to_json()
+        return isinstance(other, ChannelSplit) and (
+            self.to_json() | {"fingerprint": None} == other.to_json() | {"fingerprint": None}
+        )
 
     __hash__ = None  # type: ignore[assignment]  # holds a tensor
 
@@ -111,6 +124,7 @@ class ChannelSplit:
             "centres": None if self.centres is None else self.centres.tolist(),
             "floors": self.floors,
             "zero": self.zero,
+            "fingerprint": self.fingerprint,
         }
 
     def signs(self) -> list[int]:
@@ -130,6 +144,7 @@ class ChannelSplit:
             None if content.get("centres") is None else torch.tensor(content["centres"], dtype=torch.float32),
             content.get("floors"),
             content.get("zero", 0.0),
+            None if content.get("fingerprint") is None else [float(value) for value in content["fingerprint"]],
         )
 
 
@@ -223,3 +238,46 @@ def check_fits(splits: Sequence[ChannelSplit], n_channels: int, n_inputs: int) -
                 f"{where} channel {split.channel} is split twice. Keep one of the two splits, or merge their concepts."
             )
         seen.add(split.channel)
+
+
+def fingerprints(weight: Tensor, channels: Sequence[int]) -> list[list[float]]:
+    """A few weights of each of some channels, evenly spread: single ones show a change that sums would average out.
+
+    Args:
+        weight: Of a layer, ``[C, I, ...]``.
+        channels: Which channels.
+    """
+    rows = weight.detach()[list(channels)].flatten(1)
+    places = torch.linspace(0, rows.shape[1] - 1, min(rows.shape[1], FINGERPRINT), dtype=torch.float64).long()
+    found: list[list[float]] = rows[:, places].tolist()
+    return found
+
+
+def warn_of_other_weights(plan: SplitPlan, weights: Mapping[str, Tensor]) -> None:
+    """Warn if splits were chosen for other weights than a cast to half precision leaves of these.
+
+    Args:
+        plan: The splits, which fit.
+        weights: Weight of each of its layers.
+    """
+    counts = {name: _n_chosen_for_others(plan.of_layer(name), weight) for name, weight in weights.items()}
+    found = [f"{count} of the channels to split in layer `{name}`" for name, count in counts.items() if count]
+    if found:
+        rank_zero_warn(
+            f"Expected the weights that the plan was chosen for, but got others in {', '.join(found)}. The network's "
+            "output stays what it is, but the parts may not be the plan's concepts. Analyse this network and take the "
+            "plan of that report, or see with `evaluate_splits` what this plan is worth here."
+        )
+
+
+def _n_chosen_for_others(splits: Sequence[ChannelSplit], weight: Tensor) -> int:
+    known = [(split.channel, split.fingerprint) for split in splits if split.fingerprint is not None]
+    found = fingerprints(weight, [channel for channel, _ in known])
+    return sum(not _is_near(own, wanted) for own, (_, wanted) in zip(found, known, strict=True))
+
+
+def _is_near(own: Sequence[float], wanted: Sequence[float]) -> bool:
+    """Whether two fingerprints are of one channel; the smallest numbers of ``float16`` are 6e-8 apart."""
+    return len(own) == len(wanted) and all(
+        math.isclose(one, other, rel_tol=ROUNDING, abs_tol=1e-7) for one, other in zip(own, wanted, strict=True)
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from lightning_polydis.evaluation import SplitEvaluator
 from lightning_polydis.forward import full_precision
 from lightning_polydis.layers import flat_weight, sources_of
 from lightning_polydis.membership import paper_membership
-from lightning_polydis.plan import ChannelSplit
+from lightning_polydis.plan import ChannelSplit, fingerprints
 from lightning_polydis.similarity import Similarities, grouped_similarities, plain_similarities
 from lightning_polydis.soft_membership import WantedSplit, evenly_spread, soft_memberships
 
@@ -139,8 +139,20 @@ def plan_splits(
         evidence: Of the layer, with samples.
         wanted: Channel and the classes (or clusters) of each concept; the rows of a membership come in this order.
     """
-    if evidence.settings.method == "paper":
-        return [_paper_split(evidence.of_channel(channel), channel, concepts) for channel, concepts in wanted]
+    choose = _paper_splits if evidence.settings.method == "paper" else _soft_splits
+    marks = fingerprints(evidence.layer.weight, [channel for channel, _ in wanted])
+    return [replace(split, fingerprint=own) for split, own in zip(choose(evidence, wanted), marks, strict=True)]
+
+
+def _paper_splits(
+    evidence: LayerEvidence | ClusterEvidence, wanted: Sequence[tuple[int, list[list[int]]]]
+) -> list[ChannelSplit]:
+    return [_paper_split(evidence.of_channel(channel), channel, concepts) for channel, concepts in wanted]
+
+
+def _soft_splits(
+    evidence: LayerEvidence | ClusterEvidence, wanted: Sequence[tuple[int, list[list[int]]]]
+) -> list[ChannelSplit]:
     splits = [_wanted_split(evidence.of_channel(channel), channel, concepts) for channel, concepts in wanted]
     memberships = soft_memberships(evidence.layer, splits, evidence.settings.leak_weight)
     return [

@@ -76,7 +76,7 @@ class CompositeCollector(RelevanceCollector):
         if self._copy is None:
             self._copy = ModuleCopy(self._names_in(call.module), call, self._composite, self._logits_fn)
         relevances = self._copy.relevances(call, targets, self.logits)
-        self.notes = self._copy.notes
+        self.notes = list(dict.fromkeys([*self.notes, *self._copy.notes]))
         for name, record in records.items():
             if record.relevance.any() and not relevances[name].any():
                 raise InputError(

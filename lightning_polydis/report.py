@@ -10,6 +10,7 @@ import torch
 
 from lightning_polydis._checks import InputError
 from lightning_polydis._files import parse, read_json, write_json
+from lightning_polydis._text import counted
 from lightning_polydis.card_builder import RelevanceTable, build_card, build_overview, relevance_table
 from lightning_polydis.cards import MAX_TRACKED, ChannelCard, EpochEntry, LayerOverview
 from lightning_polydis.clusters.evidence import ClusterEvidence
@@ -86,7 +87,8 @@ class PolysemanticityReport:
 
     def __repr__(self) -> str:
         counts = [f"{own.n_polysemantic} of {own.n_channels} of {own.name!r}" for own in self.layers]
-        return f"PolysemanticityReport({self.n_images} images; polysemantic channels: {', '.join(counts) or 'none'})"
+        own = f"polysemantic channels: {', '.join(counts) or 'none'}"
+        return f"PolysemanticityReport({counted(self.n_images, 'image')}; {own})"
 
     @cached_property
     def plan(self) -> SplitPlan | None:
@@ -294,7 +296,7 @@ class PolysemanticityReport:
         evidence = None if self._evidence is None else self._evidence[found.layer]
         if found.contents is None:
             return [", ".join(map(self.label, concept)) for concept in found.concepts]
-        names = [cluster_name(number, own, self.label) for number, own in enumerate(found.contents, start=1)]
+        names = [cluster_name(number, own, self.class_names) for number, own in enumerate(found.contents, start=1)]
         if not isinstance(evidence, ClusterEvidence):
             return names
         return [text or name for text, name in zip(evidence.described(found), names, strict=True)]
@@ -351,8 +353,10 @@ class PolysemanticityReport:
         """The report as markdown: a summary of each layer and a table of the polysemantic channels.
 
         Reliability: how well the relevance vectors are known, 0 to 1. Clear: whether the interval of a similarity lies
-        below the threshold as a whole. The table shows the quality of the splits if it was asked for before (`quality`
-        or `judge`).
+        below the threshold as a whole.
+
+        The quality of the splits has its columns once it was measured: by `judge`, or by the callback when a run ends.
+        Not by this method, as every split has to be solved for, which may take minutes; a line below the table says so.
 
         Args:
             max_rows: Rows of the table at most; `None`: all.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_polydis._text import counted
 from lightning_polydis.figures.canvas import shortened
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_polydis.summary import LayerSummary
 
 
-MAX_NAME = 36
+MAX_NAME = 40
 """Characters of a cluster's name in the console."""
 
 
@@ -33,14 +34,15 @@ def markdown_table(report: PolysemanticityReport, max_rows: int | None) -> str:
         lines += ["", _markdown_row(header), _markdown_row(["---"] * len(header))]
         lines += [_markdown_row([cell.replace("|", "\\|") for cell in row]) for row in shown]
         lines += [f"\n{len(rows) - len(shown)} more in `report.json`."] if len(shown) < len(rows) else []
+        lines += [] if report.known_quality else ["\nThe quality of the splits was not measured."]
     return "\n".join(lines)
 
 
 def console_table(report: PolysemanticityReport, max_rows: int) -> Table:
     """See `PolysemanticityReport.to_table`."""
     header, rows = _narrowed(*_rows(report, [_console_cell(report, found) for found in report.channels]))
-    n_found, n_images = len(report.channels), report.n_images
-    table = Table(title=f"{n_found} polysemantic channel{'s' * (n_found != 1)} ({n_images} images)")
+    n_found = counted(len(report.channels), "polysemantic channel")
+    table = Table(title=f"{n_found} ({counted(report.n_images, 'image')})")
     first = 1 if len(report.layers) == 1 else 0  # the caption names a single layer
     for name in header[first:]:
         fixed = name not in ("layer", "concepts")
@@ -103,12 +105,12 @@ def concept_text(report: PolysemanticityReport, concept: Sequence[int], max_name
 
 def _summary_line(layer: LayerSummary, report: PolysemanticityReport) -> str:
     kind = "cluster" if report.has_clusters else "class"
-    text = f"{layer.name}: {layer.n_polysemantic} of {layer.n_channels} channels polysemantic, "
-    text += f"{layer.n_candidates} candidates, "
+    text = f"{layer.name}: {layer.n_polysemantic} of {counted(layer.n_channels, 'channel')} polysemantic, "
+    text += f"{counted(layer.n_candidates, 'candidate')}, "
     if not layer.n_candidate_pairs:
         return f"{text}so no {kind} pairs to compare."
     return (
-        f"{text}{layer.n_pairs} of {layer.n_candidate_pairs} {kind} pairs flagged, "
+        f"{text}{layer.n_pairs} of {counted(layer.n_candidate_pairs, f'{kind} pair')} flagged, "
         f"cosine similarity {layer.min_cosine:.2f} to {layer.max_cosine:.2f}, mean {layer.mean_cosine:.2f}."
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError, closest_names
+from lightning_polydis.plan import warn_of_other_weights
 from lightning_polydis.splitting import SplitLayer, split_layer
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ def split_layers(
     if unknown := sorted(set(known) - set(plan.layers)):
         raise InputError(f"Expected groups of layers in the plan, but got {unknown[0]!r}. In the plan: {plan.layers}.")
     layers = {name: _layer_of(state_dict, name, known.get(name), is_ordered) for name in plan.layers}
-    return {name: split_layer(layer, plan.of_layer(name)) for name, layer in layers.items()}
+    split = {name: split_layer(layer, plan.of_layer(name)) for name, layer in layers.items()}
+    warn_of_other_weights(plan, {name: layer.weight for name, layer in layers.items()})
+    return split
 
 
 def with_splits(state_dict: Mapping[str, Any], layers: Mapping[str, SplitLayer]) -> dict[str, Any]:

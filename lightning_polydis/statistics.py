@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 
-def relevant_channels(relevance: Tensor, relevance_threshold: float) -> Tensor:
+def relevant_channels(relevance: Tensor, relevance_threshold: float | Tensor) -> Tensor:
     r"""Which channels are relevant for which image.
 
     Channel ``c`` is relevant if :math:`r_c > 0` and :math:`r_c \ge \tau \sum_j \max(r_j, 0)` (arXiv:2504.12939,
@@ -24,10 +24,10 @@ def relevant_channels(relevance: Tensor, relevance_threshold: float) -> Tensor:
 
     Args:
         relevance: Relevances of all channels of the layer, ``[B, C]``.
-        relevance_threshold: Least share of the image's positive relevance, in (0, 1].
+        relevance_threshold: Least share of the image's positive relevance, in (0, 1]; several as ``[T, 1, 1]``.
 
     Returns:
-        ``[B, C]``, boolean.
+        ``[B, C]``, boolean; for several thresholds ``[T, B, C]``.
 
     Example:
         >>> import torch
@@ -120,6 +120,7 @@ class ChannelStatistics(Metric):
     relevance_sums: Tensor
     window_sums: Tensor
     n_left_out: Tensor
+    _levels: Tensor
 
     def __init__(
         self,
@@ -131,6 +132,8 @@ class ChannelStatistics(Metric):
     ) -> None:
         super().__init__(compute_with_cache=False, sync_on_compute=False, **kwargs)
         self.relevance_thresholds = tuple(relevance_thresholds)
+        levels = torch.tensor(self.relevance_thresholds, dtype=torch.float64)
+        self.register_buffer("_levels", levels[:, None, None], persistent=False)
         self._has_windows = window_shape is not None
         shape = (num_classes, n_channels)
         self.add_state("n_images", torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
@@ -164,8 +167,8 @@ class ChannelStatistics(Metric):
             self.n_left_out += len(targets)
             return
         self.n_images.index_add_(0, targets, torch.ones_like(targets))
-        for counts, threshold in zip(self.counts, self.relevance_thresholds, strict=True):
-            counts.index_add_(0, targets, relevant_channels(relevance, threshold).int())
+        relevant = relevant_channels(relevance, self._levels.to(relevance.dtype))  # of all thresholds in one go
+        self.counts.index_add_(1, targets, relevant.int())
         self.gradient_sums.index_add_(0, targets, gradient_sums.float())
         self.relevance_sums.index_add_(0, targets, relevance.float())
         if window_sums is not None:

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_polydis._checks import InputError
 from lightning_polydis.forward import quiet_copy
 from lightning_polydis.layers import channel_count, find_layer, input_count, inputs_per_channel, plain_copy
-from lightning_polydis.plan import ChannelSplit, SplitPlan, check_fits, checked_plan
+from lightning_polydis.plan import ChannelSplit, SplitPlan, check_fits, checked_plan, warn_of_other_weights
 from lightning_polydis.split_buffers import stored_splits
 from lightning_polydis.splitting import SplitLayer, split_layer
 
@@ -30,6 +30,8 @@ MAX_DEVIATION = 1e-12
 
 def disentangle(model: ModelT, plan: SplitPlan, inplace: bool = False) -> ModelT:
     """Split channels of a network as a plan says; what the network computes stays the same, up to rounding.
+
+    A plan belongs to the weights that it was chosen for: a warning says where a layer has others.
 
     Args:
         model: The network; for ``inplace=False`` it is left as it is.
@@ -53,6 +55,7 @@ def disentangle(model: ModelT, plan: SplitPlan, inplace: bool = False) -> ModelT
     """
     for name in checked_plan(plan).layers:  # everything is checked before anything is changed
         _check_splits(model, name, plan.of_layer(name))
+    warn_of_other_weights(plan, {name: _unsplit_weight(model, name) for name in plan.layers})
     if not inplace:
         model = copy.deepcopy(model)
     for name in plan.layers:
@@ -62,6 +65,11 @@ def disentangle(model: ModelT, plan: SplitPlan, inplace: bool = False) -> ModelT
         else:
             replace_layer(model, name, split_layer(find_layer(model, name), own))
     return model
+
+
+def _unsplit_weight(model: nn.Module, name: str) -> Tensor:
+    module = model.get_submodule(name)
+    return module.undo().weight if isinstance(module, SplitLayer) else find_layer(model, name).weight
 
 
 def _check_splits(model: nn.Module, name: str, splits: Sequence[ChannelSplit]) -> None:

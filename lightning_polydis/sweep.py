@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_polydis._text import counted
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -53,21 +55,33 @@ class LayerSweep:
 
 @dataclass(frozen=True)
 class SuggestedSettings:
-    """Settings to run the analysis with, and why.
+    """Settings to run the analysis with, and why; as text the settings come first.
 
     Attributes:
-        method: That of the analysis.
         relevance_threshold: See `AnalysisSettings`.
         class_fraction: See `AnalysisSettings`.
         similarity_threshold: See `AnalysisSettings`.
+        method: That of the analysis.
         reason: In words.
+
+    Example:
+        >>> print(SuggestedSettings(0.03, 0.4, "auto", "optimized", "The strictest settings that leave enough."))
+        relevance_threshold=0.03, class_fraction=0.4, similarity_threshold='auto', method='optimized'
+        The strictest settings that leave enough.
     """
 
-    method: str
     relevance_threshold: float
     class_fraction: float
     similarity_threshold: float | str
+    method: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.call()}\n{self.reason}"
+
+    def call(self) -> str:
+        """The settings as they are written in a call."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.arguments().items())
 
     def arguments(self) -> dict[str, float | str]:
         """The settings as keyword arguments."""
@@ -168,10 +182,10 @@ def suggest_settings(sweeps: Sequence[LayerSweep], current: dict[str, Any]) -> S
     if is_auto and (flagged > 0).any():
         reason += " Fixed similarity thresholds would flag channels, but their classes differ no more than any do."
     return SuggestedSettings(
-        current["method"],
         current["relevance_threshold"],
         current["class_fraction"],
         current["similarity_threshold"],
+        current["method"],
         reason,
     )
 
@@ -186,17 +200,18 @@ def _suggestion(
     at: tuple[int, int],
 ) -> SuggestedSettings:
     place = cell[:2]
-    numbers = f"{candidates[place]} of {n_channels} channels are candidates, {flagged[cell]} of them flagged"
+    verb = "is a candidate" if candidates[place] == 1 else "are candidates"
+    numbers = f"{candidates[place]} of {counted(n_channels, 'channel')} {verb}, {flagged[cell]} of them flagged"
     if place == at:
         reason = f"With the settings in force {numbers}: enough to look at."
     else:
         reason = f"The strictest settings that leave enough to look at: {numbers}. With those in force it is "
         reason += f"{candidates[at]} and {flagged[(*at, cell[2])]}."
     return SuggestedSettings(
-        method,
         grid.relevance_thresholds[cell[0]],
         grid.class_fractions[cell[1]],
         grid.similarity_thresholds[cell[2]],
+        method,
         reason,
     )
 

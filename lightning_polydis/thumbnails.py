@@ -42,7 +42,10 @@ def exchanged(pictures: Tensor) -> Tensor:
 
 def images_of(batch: Any) -> Tensor | None:
     """The images of a batch, ``[B, 1, H, W]`` or ``[B, 3, H, W]``; `None` if there seem to be none."""
-    if isinstance(batch, Mapping):
+    found: Any
+    if isinstance(batch, Tensor):
+        found = batch
+    elif isinstance(batch, Mapping):
         found = next((batch[key] for key in IMAGE_KEYS if key in batch), None)
     elif isinstance(batch, Sequence) and len(batch) and not isinstance(batch, str):
         found = batch[0]

@@ -160,8 +160,9 @@ class RelevanceVectors(Metric):
     def _make_room(self, device: torch.device) -> None:
         rows, shape = self.max_entries, (len(self._rank), self.n_channels)
         self.keys.append(torch.full((rows,), FREE, device=device))
-        self.sums.append(_zeros((rows, self.n_groups, self.n_inputs), device))
-        self.counts.append(_zeros((rows, self.n_groups), device))
+        # Group by group in memory: what an image adds to lies together, which is several times as fast.
+        self.sums.append(_zeros((self.n_groups, rows, self.n_inputs), device).transpose(0, 1))
+        self.counts.append(_zeros((self.n_groups, rows), device).T)
         self._free = torch.arange(rows, device=device)
         self._slots = torch.full(shape, FREE, device=device)
         self._hits, self._n_images = (torch.zeros(s, dtype=torch.float32, device=device) for s in (shape, shape[:1]))
@@ -222,9 +223,10 @@ class RelevanceVectors(Metric):
         """
         turns = [self._next_group(label) for label in targets.tolist()]
         groups = torch.tensor(turns, dtype=torch.long, device=targets.device)
-        places = self._slots[targets[images], channels] * self.n_groups + groups[images]
-        self.sums[0].view(-1, self.n_inputs).index_add_(0, places, vectors.to(self.sums[0].dtype))
-        self.counts[0].view(-1).index_add_(0, places, torch.ones_like(places, dtype=self.counts[0].dtype))
+        sums, counts = self.sums[0].transpose(0, 1), self.counts[0].T
+        places = groups[images] * self.max_entries + self._slots[targets[images], channels]
+        sums.view(-1, self.n_inputs).index_add_(0, places, vectors.to(sums.dtype))
+        counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=counts.dtype))
 
     def _next_group(self, label: int) -> int:
         turn = self._turns[label]

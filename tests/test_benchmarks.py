@@ -180,6 +180,44 @@ def test_section_says_how_and_where():
     assert text.endswith("words\n\n| a |\n| --- |\n| 1 |\n\nmore")
 
 
+@pytest.fixture
+def tiny_world(monkeypatch):
+    """In place of trained networks."""
+    import torch
+    from networks import World
+    from torch import nn
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+    )
+    batches = [(torch.rand(24, 3, 8, 8), torch.arange(24) % 4) for _ in range(2)]
+    world = World("tiny", net.eval(), ["2"], batches[:1], batches[1:], list("abcd"), 0.25)
+    for name in ("split_quality", "concept_relevance"):
+        monkeypatch.setattr(__import__(name), "worlds", lambda root: [world])
+
+
+def test_split_quality(tiny_world, monkeypatch, capsys):
+    rows = rows_of(run_quick("split_quality.py --pairs 3", monkeypatch, capsys))
+    assert [row[1] for row in rows[-3:]] == ["paper", "symmetric dominance", "optimized"]
+    assert all("nan" not in cell for cell in rows[-1])
+
+
+def test_concept_relevance(tiny_world, monkeypatch, capsys):
+    import concept_relevance
+    import split_quality
+
+    def analyse(world, layer):
+        return split_quality.analyse(world, layer, 3.0).optimized  # every pair is flagged
+
+    monkeypatch.setattr(concept_relevance, "analyse", analyse)
+    rows = rows_of(run_quick("concept_relevance.py", monkeypatch, capsys))
+    kinds = list(concept_relevance.ATTRIBUTIONS)
+    assert [row[0] for row in rows[: len(kinds)]] == kinds
+    assert {row[1] for row in rows[len(kinds) :]} == {"ours", "Norm on merge"}
+
+
 def test_rounds_begin_with_another_variant_and_the_first_does_not_count():
     from measuring import in_turns, ratios
 

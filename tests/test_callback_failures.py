@@ -45,6 +45,7 @@ class Never(Classifier):
         (Classifier, "net.1", {}, "Expected layer `net.1` to be .* but got `ReLU`"),
         (HeadOfBackbone, "backbone.2", {}, 'pass `logits_module="head"`'),
         (HeadOfBackbone, None, {}, "several calls"),
+        (HeadOfBackbone, "head", {}, "If `head` makes the logits, name a layer before it: each of its channels is"),
         (LossFromForward, "net.2", {}, r"but got \[\]. Pass `logits_module`"),
         (Twice, "net.2", {}, "it ran twice"),
         (Never, "net.2", {}, "`net.2` did not run"),

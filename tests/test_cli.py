@@ -144,8 +144,7 @@ def test_show_without_flags_suggests_settings(tmp_path, capsys):
     assert main(["show", str(tmp_path / "report.json")]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "0 polysemantic channels" in text
-    assert "Suggested settings" in text
-    assert "0.03" in text
+    assert "Suggested settings: relevance_threshold=0.03, class_fraction=0." in text
 
 
 def test_show_makes_do_with_a_file_without_sweep(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -108,3 +109,16 @@ def test_every_argument_of_the_callback_is_among_the_settings():
     rows = re.findall(r"^\| (`.*?`) \|", (DOCS / "settings.md").read_text(encoding="utf-8"), re.M)
     listed = re.findall(r"`(\w+)`", " ".join(rows))
     assert sorted(listed) == sorted(set(inspect.signature(ChannelDisentanglement).parameters))
+
+
+def test_the_example_of_memory_is_what_the_formula_gives(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS.parent / "benchmarks"))
+    from memory import bytes_kept
+
+    lines = (DOCS / "memory.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if "GiB**" in line]
+    settings = [{}, {"memory": 256}, {"samples": 8}, {"samples": 0}, {"method": "paper"}]
+    for (name, *shown), own in zip(rows, settings, strict=True):
+        assert all(f"{key}={json.dumps(value)}" in name for key, value in own.items())
+        kept = [size / 2**20 for size in bytes_kept(1000, 2048, 512, 49, **own).values()]
+        assert shown == [*(f"{size:.0f}" for size in kept), f"**{sum(kept) / 1024:.2f} GiB**"]

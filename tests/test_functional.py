@@ -412,32 +412,29 @@ def test_log_probabilities_are_warned_about(trained):
     assert repaired.notes == []
 
 
-IMAGES, TARGETS = make_images(n=8)
-BAD_BATCHES = [
-    ([], "at least one batch to analyse, but the data was empty"),
-    ([IMAGES], r"but got `Tensor`. Pass `target_fn`"),
-    ([{"image": IMAGES, "y": TARGETS}], r"each batch to be \(inputs, targets\), but got `dict`"),
-    ([{"image": IMAGES}], r"one of the entries label, .* but got the keys \['image'\]"),
-    ([(IMAGES, TARGETS.float())], "integer class indices, but got torch.float32"),
-    ([(IMAGES, TARGETS > 1)], "integer class indices, but got torch.bool"),
-    ([(IMAGES, torch.nn.functional.one_hot(TARGETS))], r"shape \[batch size\].* but got \[8, 4\]"),
-    ([(IMAGES, TARGETS.tolist())], "tensor of class indices, but got `list`"),
-    ([(IMAGES, TARGETS + 1)], r"class indices in \[0, 4\), but got values from 1 to 4"),
-    ([(IMAGES, TARGETS - 100)], r"but got values from -100 to"),
-    ([(IMAGES, TARGETS[:0])], r"but got \[0\]"),
-    ([(IMAGES, TARGETS[:3])], r"logits of shape \[3, num_classes\], but got \[8, 4\]"),
-]
+@pytest.mark.parametrize("attribution", ["gradient_x_input", "epsilon_plus_flat"])
+def test_the_layer_that_makes_the_logits_is_said_to_show_nothing(trained, attribution):
+    told = "`8` makes the logits: each of its channels is the logit of one class"
+    with pytest.warns(UserWarning, match=f"{told}, .* Name a layer before it"):
+        report = find_polysemantic_channels(trained, make_batches(), ["4", "8"], attribution=attribution, **SETTINGS)
+    assert [note.startswith(told) for note in report.notes].count(True) == 1
+    assert report.layers[0].n_candidates > 0
+    assert report.layers[1].n_candidates == 0
 
 
-@pytest.mark.parametrize(("batches", "message"), BAD_BATCHES)
-@pytest.mark.parametrize("layers", ["2", None])
-def test_bad_batches_are_refused_in_words(trained, batches, message, layers):
-    net = copy.deepcopy(trained).train()
-    with pytest.raises(ValueError, match=message):
-        find_polysemantic_channels(net, batches, layers, **SETTINGS)
-    assert net.training
-    assert torch.is_grad_enabled()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+def test_a_layer_whose_output_is_returned_beside_the_logits_does_not_make_them(trained):
+    class WithFeatures(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = trained[:5], trained[5:]
+
+        def forward(self, images):
+            features = self.body(images)
+            return {"features": features, "logits": self.head(features.clone())}
+
+    report = find_polysemantic_channels(WithFeatures(), make_batches(), "body.4", **SETTINGS)
+    assert report.layers[0].n_candidates > 0
+    assert not any("makes the logits" in note for note in report.notes)
 
 
 def test_names_and_numbers_that_do_not_fit_are_refused(trained):

@@ -150,6 +150,17 @@ def test_no_candidate_at_all_says_which_settings_let_more_in():
     assert "relevance_threshold" in page.text
 
 
+@pytest.mark.parametrize(("n", "channels", "verb"), [(1, "1 channel", "is"), (2, "2 channels", "are")])
+def test_counts_of_one_are_told_in_the_singular(n, channels, verb):
+    page = Page(to_html(sample_report(n_flagged=n, n_channels=n)))
+    assert f"{n} of {channels} flagged, on 500 images." in page.text
+    assert f"{n} of {channels} shown." in page.text
+    layer = LayerSummary("conv", n, 4, n, n, 0, 0, 1.0, 1.0, 1.0)
+    page = Page(to_html(PolysemanticityReport([layer], [], [], {}, n_images=1)))
+    assert f"{n} of {channels} {verb} relevant for several classes" in page.text
+    assert f"0 of {channels} flagged, on 1 image." in page.text
+
+
 def test_settings_worth_trying_are_ready_to_copy():
     report = sample_report()
     suggested = report.suggest_settings().arguments()

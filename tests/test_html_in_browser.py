@@ -135,7 +135,7 @@ def test_a_class_beyond_the_first_names_is_found_and_can_be_unfolded(show):
     page = show(replace(report, channels=[found]))
     assert page.locator("#channels summary").all_inner_texts() == ["+97 more", "+197 more"]
     page.fill("#filter-text", "class 117")
-    page.get_by_text("1 of 1 channels shown.").wait_for()
+    page.get_by_text("1 of 1 channel shown.").wait_for()
     page.locator("#channels summary").nth(1).click()
     assert "class 117" in page.inner_text("#channels details[open]")
     assert "and 160 others, in report.json" in page.inner_text("#channels details[open]")

@@ -1,4 +1,6 @@
+import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -10,9 +12,14 @@ from lightning_polydis import (
     concept_heatmaps,
     disentangle,
     evaluate_splits,
+    find_polysemantic_channels,
+    load_from_checkpoint,
     visualize_channels,
 )
-from lightning_polydis.plan import check_fits
+from lightning_polydis.plan import check_fits, fingerprints
+from lightning_polydis.split_state import split_state_dict
+from lightning_polydis.surgery import rebuild_splits, stored_plan
+from tests.networks import Classifier, conv_relu_net, make_batches, train_briefly
 
 
 @pytest.fixture
@@ -146,3 +153,160 @@ def test_the_representation_is_short(plan):
     assert repr(plan) == "SplitPlan(channels to split: 2 of 'a.conv', 1 of 'b')"
     assert repr(SplitPlan([])) == "SplitPlan(channels to split: none)"
     assert repr(plan.splits[1]) == "ChannelSplit('b', channel 0, concepts [[1], [2], [3]])"
+
+
+# Plans and the weights that they were chosen for
+
+LAYERS = ["2", "4"]  # a kernel of 3 x 3 with a bias, one of 1 x 1 without
+
+
+@pytest.fixture(scope="module", params=["optimized", "paper"])
+def chosen(request):
+    """A network and a plan that was chosen for it: two channels of one layer, one of another."""
+    torch.manual_seed(0)
+    net = train_briefly(conv_relu_net(), steps=20)
+    report = find_polysemantic_channels(net, make_batches(), LAYERS, method=request.param, progress=False)
+    return net, report.plan_pairs([("2", 5, 0, 1), ("4", 3, 1, 2), ("2", 0, 0, 3)])
+
+
+def told(call):
+    """What a call warns of about the weights, and what it returns."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = call()
+    texts = [str(warning.message) for warning in caught]
+    return [text for text in texts if "the plan was chosen for" in text], found
+
+
+def with_other_weights(net, *layers):
+    """A copy with fresh weights in some layers."""
+    torch.manual_seed(1)
+    net = copy.deepcopy(net)
+    for name in layers:
+        net.get_submodule(name).reset_parameters()
+    return net
+
+
+def test_a_split_remembers_up_to_eight_weights_of_its_channel(chosen):
+    net, plan = chosen
+    for split in plan:
+        row = net.get_submodule(split.layer).weight[split.channel].flatten().tolist()
+        assert split.fingerprint == [row[int(place * (len(row) - 1) / 7)] for place in range(8)]
+    narrow = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
+    batches = [(images[:, :, 0, 0], targets) for images, targets in make_batches()]
+    report = find_polysemantic_channels(narrow, batches, "0", progress=False)
+    (split,) = report.plan_pairs([("0", 5, 0, 1)])
+    assert split.fingerprint == narrow[0].weight[5].tolist(), "of a channel with fewer inputs, all"
+
+
+def test_a_plan_for_other_weights_is_noticed_once(chosen):
+    net, plan = chosen
+    texts, split = told(lambda: disentangle(with_other_weights(net, "2"), plan))
+    assert len(texts) == 1
+    assert "got others in 2 of the channels to split in layer `2`. The network's output stays" in texts[0]
+    assert "Analyse this network" in texts[0]
+    assert stored_plan(split).layers == LAYERS, "it is applied all the same"
+    texts, _ = told(lambda: disentangle(with_other_weights(net, *LAYERS), plan))
+    assert len(texts) == 1
+    assert "2 of the channels to split in layer `2`, 1 of the channels to split in layer `4`." in texts[0]
+    texts, _ = told(lambda: disentangle(with_other_weights(net, "0", "8"), plan))
+    assert texts == [], "of layers that are not split nothing is known"
+
+
+def test_a_little_training_is_noticed(chosen):
+    net, plan = chosen
+    trained = train_briefly(copy.deepcopy(net), steps=5, lr=1e-3)
+    assert len(told(lambda: disentangle(trained, plan))[0]) == 1
+
+
+def remembering(layer, channel, n_inputs):
+    """A split of a layer named `"0"` that knows the channel's weights."""
+    membership = torch.ones(2, n_inputs)
+    return ChannelSplit("0", channel, [[0], [1]], membership, fingerprint=fingerprints(layer.weight, [channel])[0])
+
+
+def test_a_kernel_of_another_size_is_noticed():
+    small, large = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 3)
+    with torch.no_grad():
+        small.weight.fill_(0.5)
+        large.weight.fill_(0.5)
+    plan = SplitPlan([remembering(small, 2, 3)])
+    assert len(told(lambda: disentangle(nn.Sequential(large), plan))[0]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_same_weights_in_any_precision_are_no_others(chosen, dtype):
+    net, plan = chosen
+    cast = copy.deepcopy(net).to(dtype)
+    assert told(lambda: disentangle(cast, plan))[0] == []
+    assert told(lambda: disentangle(cast.float(), plan))[0] == []
+    report = find_polysemantic_channels(cast, make_batches(), LAYERS, progress=False)
+    rounded = report.plan_pairs([(split.layer, split.channel, 0, 1) for split in plan])
+    assert told(lambda: disentangle(net, rounded))[0] == []
+    assert told(lambda: disentangle(copy.deepcopy(net).bfloat16(), rounded))[0] == []
+
+
+def test_weights_too_small_for_half_precision_are_no_others():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1))
+    with torch.no_grad():
+        net[0].weight.mul_(1e-5)
+    plan = SplitPlan([remembering(net[0], 2, 3)])
+    assert told(lambda: disentangle(net.half(), plan))[0] == []
+
+
+def test_a_file_keeps_what_weights_a_plan_was_chosen_for(chosen, tmp_path):
+    net, plan = chosen
+    plan.save(tmp_path / "plan.json")
+    loaded = SplitPlan.load(tmp_path / "plan.json")
+    assert [split.fingerprint for split in loaded] == [split.fingerprint for split in plan]
+    assert told(lambda: disentangle(net, loaded))[0] == []
+    assert len(told(lambda: disentangle(with_other_weights(net, "4"), loaded))[0]) == 1
+
+
+def test_a_file_from_before_says_nothing_of_weights(chosen, tmp_path):
+    net, plan = chosen
+    plan.save(tmp_path / "plan.json")
+    document = json.loads((tmp_path / "plan.json").read_text())
+    for split in document["splits"]:
+        del split["fingerprint"]
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    loaded = SplitPlan.load(tmp_path / "plan.json")
+    assert loaded == plan, "two splits are equal by what they split, and how"
+    assert told(lambda: disentangle(with_other_weights(net, *LAYERS), loaded))[0] == []
+
+
+def test_split_again_after_undo_and_further_channels(chosen):
+    net, plan = copy.deepcopy(chosen[0]), chosen[1]
+    first, second = SplitPlan(plan.splits[:1]), SplitPlan(plan.splits[1:])
+    texts, split = told(lambda: disentangle(disentangle(net, first), second))
+    assert texts == []
+    split[2] = split[2].undo()
+    split[4] = split[4].undo()
+    assert told(lambda: disentangle(split, plan))[0] == []
+    other = disentangle(with_other_weights(net, "2"), SplitPlan([ChannelSplit("2", 7, [[0], [1]], torch.ones(2, 8))]))
+    assert "2 of the channels to split in layer `2`." in told(lambda: disentangle(other, plan))[0][0]
+
+
+def test_further_channels_of_a_grouped_convolution_are_found_in_their_group():
+    net = nn.Sequential(nn.Conv2d(6, 8, 1, groups=2))
+    first, second = (SplitPlan([remembering(net[0], channel, 3)]) for channel in (1, 6))
+    split = disentangle(net, first)  # rows of the second group have moved
+    assert told(lambda: disentangle(split, second))[0] == []
+
+
+def test_loading_what_was_split_says_nothing_of_weights(chosen, tmp_path):
+    split = disentangle(*chosen)
+    fresh, module = conv_relu_net(), Classifier(split)
+    torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": "2.0"}, tmp_path / "split.ckpt")
+    assert told(lambda: rebuild_splits(fresh, split.state_dict()))[0] == []
+    texts, loaded = told(lambda: load_from_checkpoint(Classifier, tmp_path / "split.ckpt"))
+    assert texts == []
+    assert stored_plan(loaded.net) == stored_plan(split)
+
+
+def test_a_state_dict_with_other_weights_is_noticed(chosen):
+    net, plan = chosen
+    assert told(lambda: split_state_dict(net.state_dict(), plan))[0] == []
+    texts, _ = told(lambda: split_state_dict(with_other_weights(net, "4").state_dict(), plan))
+    assert len(texts) == 1
+    assert "1 of the channels to split in layer `4`." in texts[0]

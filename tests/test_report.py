@@ -138,6 +138,29 @@ def test_markdown_is_a_table_whatever_the_class_names(report):
     assert len([line for line in short.splitlines() if line.startswith("|")]) == 4
 
 
+def test_markdown_measures_no_quality_and_says_so(report):
+    text = report.to_markdown()
+    assert "distortion" not in text
+    assert text.endswith("\n\nThe quality of the splits was not measured.")
+    assert report.known_plan is None, "no split was solved for"
+    assert report.to_markdown() == text
+    report.judge()
+    assert "| distortion | leak |" in report.to_markdown()
+    assert "not measured" not in report.to_markdown()
+
+
+def test_counts_of_one_are_told_in_the_singular():
+    one = sample_report(1, n_channels=1)
+    (layer,) = one.layers
+    one = replace(one, n_images=1, layers=[replace(layer, n_candidates=1, n_candidate_pairs=1, n_pairs=1)])
+    summary = "1 of 1 channel polysemantic, 1 candidate, 1 of 1 class pair flagged, "
+    assert summary in one.to_markdown()
+    text = " ".join(printed(one, width=200).split())
+    assert "1 polysemantic channel (1 image)" in text
+    assert summary in text
+    assert repr(one).startswith("PolysemanticityReport(1 image; ")
+
+
 def printed(report, width):
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(report.to_table())

@@ -1,6 +1,7 @@
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from zennit.composites import EpsilonPlusFlat
 
 from lightning_polydis import ChannelDisentanglement, find_polysemantic_channels
 from lightning_polydis.settings import AnalysisSettings
@@ -71,6 +72,45 @@ def test_bad_settings_are_refused_in_words_everywhere(arguments, message):
 def test_the_callbacks_own_arguments_are_checked_too(arguments, message):
     with pytest.raises(MisconfigurationException, match=message):
         ChannelDisentanglement(**arguments)
+
+
+def species(batch):
+    return batch["species"]
+
+
+class Quiet(ChannelDisentanglement):
+    def __init__(self, layer):
+        super().__init__(layer, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (ChannelDisentanglement, "ChannelDisentanglement()"),
+        (
+            lambda: ChannelDisentanglement("net.conv", split=True, relevance_threshold=0.03, class_fraction=0.5),
+            "ChannelDisentanglement(layers='net.conv', class_fraction=0.5, split=True)",
+        ),
+        (
+            lambda: ChannelDisentanglement(["a", "b"], target_fn=species, every_n_epochs=2, dataloader="b"),
+            "ChannelDisentanglement(layers=['a', 'b'], every_n_epochs=2, target_fn=species, dataloader='b')",
+        ),
+        (
+            lambda: ChannelDisentanglement(attribution=EpsilonPlusFlat(), denormalize=((0.5,), (0.2,))),
+            "ChannelDisentanglement(attribution=EpsilonPlusFlat, denormalize=((0.5,), (0.2,)))",
+        ),
+        (lambda: Quiet("net.conv"), "Quiet(layers='net.conv', strict=True)"),
+    ],
+)
+def test_a_callback_as_text_is_the_call_that_made_it(make, text):
+    assert repr(make()) == text
+
+
+def test_a_callback_as_text_is_short_whatever_it_was_given():
+    names = [f"class {index}" for index in range(1000)]
+    text = repr(ChannelDisentanglement("net.conv", class_names=names))
+    assert text.startswith("ChannelDisentanglement(layers='net.conv', class_names=['class 0', 'class 1',")
+    assert len(text) < 150
 
 
 @pytest.mark.parametrize(

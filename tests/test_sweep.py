@@ -65,6 +65,23 @@ def test_settings_that_leave_enough_are_kept():
     assert "3 of 20 channels are candidates, 1 of them flagged: enough" in suggested.reason
 
 
+def test_a_suggestion_as_text_begins_with_the_settings():
+    suggested = suggest_settings([grid([[9, 1], [5, 1]], [[2, 0], [1, 0]], n_channels=1)], IN_FORCE)
+    first, *rest = str(suggested).splitlines()
+    assert first == "relevance_threshold=0.03, class_fraction=0.5, similarity_threshold=0.5, method='optimized'"
+    assert rest == [suggested.reason]
+    assert eval(f"dict({first})") == suggested.arguments()
+
+
+def test_one_candidate_is_told_in_the_singular():
+    few = suggest_settings([grid([[9, 8], [1, 0]], [[0, 0], [0, 0]], n_channels=1)], IN_FORCE)
+    assert "no setting leaves 3 candidate channels" in few.reason
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_polydis.sweep.ENOUGH_AT_LEAST", 1)
+        suggested = suggest_settings([grid([[0, 0], [1, 0]], [[0, 0], [1, 0]], n_channels=1)], IN_FORCE)
+    assert "1 of 1 channel is a candidate, 1 of them flagged" in suggested.reason
+
+
 def test_the_strictest_settings_with_candidates_and_flags_are_suggested():
     suggested = suggest_settings([grid([[9, 8], [5, 1]], [[2, 2], [0, 0]])], IN_FORCE)
     assert suggested.arguments() == {**IN_FORCE, "relevance_threshold": 0.01}
@@ -143,5 +160,7 @@ def test_tensorboard_gets_table_and_picture_when_the_run_ends(tmp_path):
     tag = "polydis/net.blocks.1.conv3/settings"
     assert tag in events.Tags()["images"]
     text = events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert callback.report.suggest_settings().reason in text
+    suggested = callback.report.suggest_settings()
+    settings, reason = str(suggested).splitlines()
+    assert f"Suggested: `{settings}`. {reason}" in text
     assert sweep_markdown(callback.report.sweeps[0]) in text

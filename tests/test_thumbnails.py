@@ -32,8 +32,15 @@ IMAGES = torch.rand(2, 3, 5, 4)
 
 @pytest.mark.parametrize(
     "batch",
-    [(IMAGES, 1), [IMAGES], {"pixel_values": IMAGES, "labels": 1}, {"image": IMAGES}, Batch(IMAGES, torch.zeros(2))],
-    ids=["tuple", "list", "huggingface", "dictionary", "dataclass"],
+    [
+        IMAGES,
+        (IMAGES, 1),
+        [IMAGES],
+        {"pixel_values": IMAGES, "labels": 1},
+        {"image": IMAGES},
+        Batch(IMAGES, torch.zeros(2)),
+    ],
+    ids=["tensor", "tuple", "list", "huggingface", "dictionary", "dataclass"],
 )
 def test_images_are_found(batch):
     assert images_of(batch) is IMAGES

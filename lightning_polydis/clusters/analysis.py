@@ -9,6 +9,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
+from lightning_polydis._text import counted, images_left_out
 from lightning_polydis.batches import check_module_name, labels_of
 from lightning_polydis.clusters.evidence import ClusterEvidence
 from lightning_polydis.clusters.finding import MIN_IMAGES
@@ -257,7 +258,7 @@ class ClusterAnalysis:
             depth = _next_depth(depth)
         if limit is not None and len(self._lists[name].strongest(depth)) > limit:
             self._note(
-                f"The layer inputs of only {limit} images fit into `calibration_memory`="
+                f"The layer inputs of only {counted(limit, 'image')} fit into `calibration_memory`="
                 f"{self._settings.calibration_memory:g} MiB for `{name}`: too few to choose and judge splits well."
             )
         elif depth < self._top[name].limit:
@@ -299,11 +300,11 @@ class ClusterAnalysis:
     def _remarks(self) -> list[str]:
         remarks = []
         if self._n_left_out:
-            remarks.append(f"{self._n_left_out} images were left out because their batch held NaN or infinity.")
+            remarks.append(images_left_out(self._n_left_out))
         if self._n_images < MIN_IMAGES:
             remarks.append(
                 f"Clusters take at least {MIN_IMAGES} images that activate a channel strongly, and there were only "
-                f"{self._n_images} images."
+                f"{counted(self._n_images, 'image')}."
             )
         return remarks
 

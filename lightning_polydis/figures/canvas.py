@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_polydis._text import counted
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
+
+UNBROKEN = re.compile(r"(?<=\d) (?=%|\()")
+"""Spaces within ``7 (62 %)``, at which no line ends."""
 
 CONCEPT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 """One colour for each concept: those of Okabe and Ito, which colour-blind people can tell apart."""
@@ -100,16 +106,15 @@ def row_label(
     if concept_names is None:
         text = ", ".join(named(label, class_names) for label in concepts[row - 1])
     else:
-        text = concept_names[row - 1].replace(" %", "\N{NO-BREAK SPACE}%")
+        text = UNBROKEN.sub("\N{NO-BREAK SPACE}", concept_names[row - 1])
     return f"concept {row}", "\n".join(textwrap.wrap(text, 18, max_lines=2, placeholder=" ..."))
 
 
 def check_concept_names(n_concepts: int, concept_names: Sequence[str] | None) -> None:
     """See that each concept has a name, if any has one."""
     if concept_names is not None and len(concept_names) != n_concepts:
-        raise ValueError(
-            f"Expected argument `concept_names` to name {n_concepts} concepts, but got {len(concept_names)} names."
-        )
+        found = counted(len(concept_names), "name")
+        raise ValueError(f"Expected argument `concept_names` to name {n_concepts} concepts, but got {found}.")
 
 
 def named(label: int, class_names: Sequence[str] | None) -> str:

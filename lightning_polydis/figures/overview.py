@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_polydis._text import counted
 from lightning_polydis.figures.canvas import (
     CONCEPT_COLOURS,
     QUIET_COLOUR,
@@ -127,8 +128,9 @@ def relevance_figure(overview: LayerOverview, *, class_names: Sequence[str] | No
     axes.set_yticks(range(len(matrix)), [str(channel) for channel in overview.channels[: len(matrix)]], fontsize=8)
     axes.set_ylabel("channel,\nlowest similarity first", fontsize=8.5)
     n_left_out = len(overview.classes) - len(shown)
-    others = "rarer" if overview.has_clusters else "less relevant"
-    axes.set_xlabel(f"class ({n_left_out} {others} ones are not drawn)" if n_left_out else "class")
+    others = "rarer one" if overview.has_clusters else "less relevant one"
+    verb = "is" if n_left_out == 1 else "are"
+    axes.set_xlabel(f"class ({counted(n_left_out, others)} {verb} not drawn)" if n_left_out else "class")
     bar = figure.colorbar(image, ax=axes, aspect=15, shrink=0.9, pad=0.02)
     of_class, of_channel = "relevant for that part of\nthe class's images", "part of the channel's\nstrongest images"
     bar.set_label(of_channel if overview.has_clusters else of_class, fontsize=8.5)
@@ -227,7 +229,8 @@ def check_names(classes: Sequence[int], class_names: Sequence[str] | None) -> No
     """See that all classes have names."""
     last = max(classes, default=-1)
     if class_names is not None and last >= len(class_names):
-        raise ValueError(f"Expected argument `class_names` to name class {last}, but got {len(class_names)} names.")
+        found = counted(len(class_names), "name")
+        raise ValueError(f"Expected argument `class_names` to name class {last}, but got {found}.")
 
 
 def plain_axes(figure: Figure, size: tuple[float, float], title: str) -> Axes:

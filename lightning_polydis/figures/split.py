@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_polydis._text import counted
 from lightning_polydis.figures.canvas import (
     CONCEPT_COLOURS,
     OTHER_COLOUR,
@@ -19,6 +20,7 @@ from lightning_polydis.figures.canvas import (
     row_label,
 )
 from lightning_polydis.figures.heatmap import overlaid
+from lightning_polydis.figures.overview import check_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -149,9 +151,7 @@ def _check(
         raise ValueError(
             f"Expected argument `concepts` to hold 2 to {len(CONCEPT_COLOURS)} concepts, but got {len(concepts)}."
         )
-    last = max((label for concept in concepts for label in concept), default=0)
-    if class_names is not None and last >= len(class_names):
-        raise ValueError(f"Expected argument `class_names` to name class {last}, but got {len(class_names)} names.")
+    check_names([label for concept in concepts for label in concept], class_names)
     if n_images < 1:
         raise ValueError(f"Expected argument `n_images` to be at least 1, but got {n_images}.")
 
@@ -161,8 +161,8 @@ def _check_extras(
 ) -> None:
     if heatmaps is not None and heatmaps.parts.shape[:2] != (n_images, n_concepts):
         raise ValueError(
-            f"Expected argument `heatmaps` to hold maps of {n_images} images and {n_concepts} concepts, but got "
-            f"{list(heatmaps.parts.shape[:2])}."
+            f"Expected argument `heatmaps` to hold maps of {counted(n_images, 'image')} and {n_concepts} concepts, "
+            f"but got {list(heatmaps.parts.shape[:2])}."
         )
     if visualization is not None and len(visualization.parts) != n_concepts:
         raise ValueError(

@@ -15,6 +15,7 @@ from lightning_polydis.figures.canvas import (
     pixels_of,
     row_label,
 )
+from lightning_polydis.figures.overview import check_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -92,9 +93,7 @@ def _names_of(
 def _check(visualizations: Sequence[ChannelVisualization], class_names: Sequence[str] | None) -> None:
     if not len(visualizations):
         raise ValueError("Expected argument `visualizations` to hold at least one channel, but it is empty.")
-    last = max(label for channel in visualizations for concept in channel.concepts for label in concept)
-    if class_names is not None and last >= len(class_names):
-        raise ValueError(f"Expected argument `class_names` to name class {last}, but got {len(class_names)} names.")
+    check_names([label for channel in visualizations for concept in channel.concepts for label in concept], class_names)
 
 
 def _draw_row(

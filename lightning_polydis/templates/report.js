@@ -27,7 +27,7 @@
 
   const announce = (more) => {
     const shown = rows.filter((row) => !row.hidden).length;
-    status.textContent = `${shown} of ${rows.length} channels shown${more || ""}.`;
+    status.textContent = `${shown} of ${rows.length} ${rows.length === 1 ? "channel" : "channels"} shown${more || ""}.`;
   };
 
   const filter = () => {

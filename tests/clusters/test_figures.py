@@ -22,7 +22,7 @@ from lightning_polydis.figures import (
     split_figure,
     visualization_figure,
 )
-from lightning_polydis.figures.canvas import CAPTION_SIZE
+from lightning_polydis.figures.canvas import CAPTION_SIZE, row_label
 from lightning_polydis.visualization import ChannelVisualization
 from tests.clusters.reports import LAYER, variants
 from tests.pictures import assert_nothing_overlaps, check_layout
@@ -45,10 +45,23 @@ def test_a_card_names_its_concepts_and_frames_images_by_cluster():
     assert frames(figure, 0) == [first, second, first, first, OTHER_COLOUR], "clusters 1 and 3 are one concept"
     captions = [text.get_text() for text in figure.texts if text.get_fontsize() == CAPTION_SIZE]
     assert captions == [f"class {label}" for label in range(5)] * 3
-    leading = report.concept_names[LAYER, 2][0].partition(",")[0].replace(" %", "\N{NO-BREAK SPACE}%")
+    leading = report.concept_names[LAYER, 2][0].partition(",")[0].replace(" (", "\xa0(").replace(" %", "\xa0%")
     assert any(text.startswith(leading) for text in texts(figure))
     assert "similarity of its clusters" in texts(figure)
     assert "grey frame: image of no cluster" in texts(figure)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("6 (62 %), 0 (20 %), 9 (8 %)", ["6 (62 %),", "0 (20 %), 9 (8 %)"]),
+        ("classes 6 (62 %), 0 (20 %)", ["classes 6 (62 %),", "0 (20 %)"]),
+        ("Staffordshire bullterrier (20 %), church (9 %)", ["Staffordshire", "bullterrier ..."]),
+    ],
+)
+def test_no_line_ends_between_a_number_and_its_share(name, lines):
+    _, text = row_label(1, [[0], [1]], None, [name, "other"])
+    assert text.replace("\N{NO-BREAK SPACE}", " ").splitlines() == lines
 
 
 def test_classes_have_their_numbers_where_a_card_is_given_no_names():
@@ -136,7 +149,7 @@ def test_other_figures_take_names_of_concepts():
 def test_concepts_without_a_name_are_refused():
     images, maps = torch.rand(4, 8, 8), (torch.rand(4, 8, 8), torch.rand(4, 2, 8, 8))
     channel = ChannelVisualization(LAYER, 3, [[0], [1]], torch.rand(3, 20, 20), torch.rand(2, 3, 20, 20))
-    message = "`concept_names` to name 2 concepts, but got 1 names"
+    message = "`concept_names` to name 2 concepts, but got 1 name\\."
     with pytest.raises(ValueError, match=message):
         heatmap_figure(images, ConceptHeatmaps(LAYER, 3, [[0], [1]], *maps), concept_names=["cats"])
     with pytest.raises(ValueError, match=message):

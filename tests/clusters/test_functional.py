@@ -149,9 +149,18 @@ def test_an_exception_in_the_data_or_the_network_leaves_nothing_behind(planted):
         assert n_hooks(net) == n_modes() == 0
 
 
-def test_batches_that_are_no_tuples_are_refused_in_words(planted):
-    with pytest.raises(ValueError, match=r"for clusters `\(inputs,\)` will do"):
-        find(planted, [planted_images(20)[0]])
+@pytest.mark.parametrize("as_batch", [lambda images: images, lambda images: {"pixel_values": images}])
+def test_images_need_no_tuple_around_them(planted, report, as_batch):
+    batches = [as_batch(images) for (images,) in plain_batches()]
+    found = find(planted, batches)
+    assert found.to_json() == find(planted, plain_batches()).to_json()
+    quality = evaluate_splits(planted, found.plan, batches, progress=False)
+    assert quality == evaluate_splits(planted, found.plan, plain_batches(), progress=False)
+
+
+def test_batches_without_images_are_refused_in_words(planted):
+    with pytest.raises(ValueError, match=r"one of the entries image, .* but got the keys \['photo'\]"):
+        find(planted, [{"photo": planted_images(20)[0]}])
 
 
 def test_a_linear_layer_of_tokens_does_as_well_as_a_convolution(planted, report):

@@ -53,7 +53,7 @@ def test_the_table_shows_names_contents_and_stability(no_figures):
         for number, content in enumerate(found.contents):
             assert f"{number}: {ONE_LINE}" in row
             assert (
-                " ".join(f"class {label} {share:.0%}".replace("%", " %") + "," for label, share in content[:4]) in row
+                " ".join(f"class {label} ({share:.0%})".replace("%", " %") + "," for label, share in content[:4]) in row
             )
 
 
@@ -61,7 +61,7 @@ def test_a_name_that_tells_the_contents_stands_there_once(no_figures):
     report = cluster_report(1)
     (row,) = table_of(to_html(report))
     (label, share), *_ = report.channels[0].contents[0]
-    assert row.count(f"class {label} {share:.0%}".replace("%", " %")) == 1
+    assert row.count(f"class {label} ({share:.0%})".replace("%", " %")) == 1
     assert " ".join(row.split()).count("%") == 10, "all that fills the two clusters, also what names leave out"
     (row,) = table_of(to_html(cluster_report(1, labels=False)))
     assert "cluster 1 2 cluster 2" in row

@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 from lightning_polydis import PolysemanticityReport, cli, loggers
 from lightning_polydis.cards import ChannelCard, LayerOverview
 from lightning_polydis.figures.canvas import CAPTION_SIZE
+from lightning_polydis.html import to_html
 from tests.clusters.reports import ONE_LINE, variants
 from tests.sample_reports import cluster_report, sample_report
 
@@ -41,6 +42,29 @@ def test_markdown_names_clusters_in_full():
     assert "stability" not in sample_report().to_markdown()
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (None, ["classes 3 (62 %), 0 (20 %), 6 (8 %)", "class 1 (100 %)"]),
+        (list("abcdefghij"), ["d (62 %), a (20 %), g (8 %)", "b (100 %)"]),
+        ([str(index) for index in range(10)], ["3 (62 %), 0 (20 %), 6 (8 %)", "1 (100 %)"]),
+    ],
+)
+def test_numbers_of_classes_are_told_from_their_shares(names, expected, no_figures):
+    report = cluster_report(1)
+    contents = [[(3, 0.62), (0, 0.2), (6, 0.08), (8, 0.1)], [(1, 1.0)]]
+    found = replace(report.channels[0], contents=contents)
+    report = replace(report, channels=[found], class_names=names)
+    assert report.concept_names[found.layer, found.channel] == expected
+    assert f"| 0 | {' / '.join(expected)} |" in report.to_markdown()
+    text = printed(report, 200)
+    assert f"│ 1: {expected[0]} " in text
+    assert f"│ 2: {expected[1]} " in text
+    assert f"<br>{expected[1]} |" in loggers._tables(report, report.quality)[0].content.markdown
+    label = "class 3" if names is None else names[3]
+    assert f'{label}</span><span class="share">(62\N{NO-BREAK SPACE}%),</span>' in to_html(report)
+
+
 def test_no_pairs_are_no_cluster_pairs():
     report = cluster_report(0)
     layers = [replace(layer, n_candidate_pairs=0) for layer in report.layers]
@@ -60,7 +84,7 @@ def test_the_table_of_clusters_fits_a_narrow_console(options):
 
 def test_the_console_cuts_names_of_clusters():
     text = printed(cluster_report(1, described=True), 200)
-    assert "│ 1: 0: <b>faces</b> of dogs | cats,… │" in text
+    assert "│ 1: 0: <b>faces</b> of dogs | cats, cost… │" in text
     assert "evening" not in text
 
 

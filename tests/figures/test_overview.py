@@ -74,7 +74,7 @@ def test_of_very_many_classes_each_concept_keeps_some():
 @pytest.mark.parametrize("draw", [relevance_figure, class_similarity_figure])
 def test_a_class_without_a_name_is_refused(draw):
     content = make_overview() if draw is relevance_figure else make_card()
-    with pytest.raises(ValueError, match=r"`class_names` to name class \d, but got 1 names"):
+    with pytest.raises(ValueError, match=r"`class_names` to name class \d, but got 1 name\."):
         draw(content, class_names=["cat"])
 
 
