@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 GPU_ELEMENTS = 2**25
 """Elements that a GPU works on together, of 128 MiB: it waits for the next step more than for its memory."""
 
+CPU_ELEMENTS, LIGHT = 2**18, 2**22
+"""Elements that a CPU works on together where an image takes so few multiplications that the steps weigh more."""
+
 
 def elements_at_once(device: torch.device, on_a_cpu: int) -> int:
     """How many elements are worked on together on a device; on a CPU so many that they stay in its cache."""
@@ -66,7 +69,8 @@ def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, imag
     inputs, flat = inputs.to(dtype), flat.to(dtype)
     found = flat.new_empty(len(images), inputs_per_channel(layer))
     counts = torch.bincount(images, minlength=len(inputs)).tolist()
-    size = max(1, elements_at_once(found.device, 1) // by_offset[0].numel())  # on a CPU image by image
+    is_light = by_offset.numel() * flat.shape[2] <= LIGHT  # else image by image on a CPU, and only the wanted channels
+    size = max(1, elements_at_once(found.device, CPU_ELEMENTS if is_light else 1) // by_offset[0].numel())
     end = 0
     for start in range(0, len(inputs), size):
         together = slice(start, start + size)
