@@ -7,14 +7,14 @@ validation to the last but one, so everything that the callback does for an epoc
 run ends (a plan, its quality, the table), is reported by itself. Memory is the largest resident set of a fresh process,
 from Linux's ``/proc``; with a GPU, the most that was allocated there.
 
-An epoch is one of ImageNet in small: with a fiftieth of the classes, 50 images of each, and a fiftieth of
+An epoch is one of ImageNet in small: with a few of the classes, 50 images of each, and as small a part of
 ``calibration_memory``, an image meets what it would meet there: as many samples of its class and as many vectors.
 
 Example:
     python benchmarks/validation_overhead.py --models resnet50 squeezenet
     python benchmarks/validation_overhead.py --models resnet18 --compile --variants optimized
     python benchmarks/validation_overhead.py --models squeezenet --variants clusters
-    python benchmarks/validation_overhead.py --models squeezenet --data-set-classes 20
+    python benchmarks/validation_overhead.py --models squeezenet --data-set-classes 25
     python benchmarks/validation_overhead.py --device cuda --batch-size 64 --batches 4
 """
 
@@ -175,9 +175,7 @@ class Overhead:
 
     def __init__(self, model: Model, arguments: argparse.Namespace, n_batches: int, in_small: bool = True) -> None:
         self.model, self.arguments, self.n_batches = model, arguments, n_batches
-        self.settings = {"calibration_samples": arguments.calibration_samples}
-        if in_small:
-            self.settings |= in_proportion(arguments, n_batches * arguments.batch_size)
+        self.small = in_proportion(arguments, n_batches * arguments.batch_size) if in_small else {}
         torch.manual_seed(0)
         self.module = Classifier(model.build(weights=None, num_classes=arguments.classes))
         if arguments.compile:
@@ -193,7 +191,9 @@ class Overhead:
             return []
         if variant == "bare":
             return [BareBackward(layer)]
-        return [ChannelDisentanglement(layer, strict=True, **self.settings, **VARIANTS[variant])]
+        small = {} if variant == "clusters" else self.small  # their memory does not grow with classes
+        settings = {"calibration_samples": self.arguments.calibration_samples, **small, **VARIANTS[variant]}
+        return [ChannelDisentanglement(layer, strict=True, **settings)]
 
     def validate(self, variant: str) -> float:
         """Seconds of one epoch; what the end of the run takes is kept in ``ends``."""

@@ -32,6 +32,12 @@ def check_bool(name: str, value: Any) -> None:
         raise InputError(f"Expected argument `{name}` to be True or False, but got {value!r}.")
 
 
+def check_place_or_key(name: str, value: Any) -> None:
+    """Raise `ValueError` unless ``value`` is an integer, a string or `None`."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | str)):
+        raise InputError(f"Expected argument `{name}` to be a place, a key or None, but got {value!r}.")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise `ValueError` unless ``value`` is one of ``choices``."""
     choices = list(choices)

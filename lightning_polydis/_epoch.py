@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_polydis._checks import InputError
 from lightning_polydis._failures import guarded
 from lightning_polydis._rehearsals import Rehearsals
 from lightning_polydis._trainer import chosen_loader, evaluated_loaders, is_wrapped, weights_note
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
     from lightning_polydis.plan import SplitPlan
     from lightning_polydis.report import PolysemanticityReport
     from lightning_polydis.settings import AnalysisSettings
-
-
-def check_dataloader(value: Any) -> None:
-    """Raise `ValueError` unless ``value`` can say which validation loader is analysed."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | str)):
-        raise InputError(f"Expected argument `dataloader` to be a place, a key or None, but got {value!r}.")
 
 
 class AnalysedEpoch:

@@ -23,6 +23,12 @@ TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 def inputs_of(batch: Any) -> Any:
     """What the network reads of a batch, where nobody else calls it.
 
+    Args:
+        batch: ``(inputs, targets, ...)``, a tensor, or a dictionary, dataclass or the like with one of `IMAGE_KEYS`.
+
+    Returns:
+        The inputs, as they are.
+
     Raises:
         ValueError: If it cannot be found.
 
@@ -34,10 +40,9 @@ def inputs_of(batch: Any) -> Any:
         return batch
     if isinstance(batch, Sequence) and len(batch) and not isinstance(batch, str):
         return batch[0]
-    named = _named_parts(batch)
     for key in IMAGE_KEYS:
-        if key in named:
-            return named[key]
+        if _has(batch, key):
+            return _entry(batch, key)
     raise InputError(
         "Expected a batch to be (inputs, targets, ...), a tensor of inputs, or a dictionary or dataclass with one of "
         f"the entries {', '.join(IMAGE_KEYS)}, but got {_described(batch)}. Turn yours into pairs: "
@@ -79,10 +84,9 @@ def _own_targets(batch: Any, target_fn: Callable[[Any], Any]) -> Any:
 def _default_targets(batch: Any) -> Any:
     if isinstance(batch, Sequence) and len(batch) >= 2 and not isinstance(batch, str):
         return batch[1]
-    named = _named_parts(batch)
     for key in TARGET_KEYS:
-        if key in named:
-            return named[key]
+        if _has(batch, key):
+            return _entry(batch, key)
     raise InputError(
         "Expected a batch to be (inputs, targets, ...), or a dictionary or dataclass with one of the entries "
         f"{', '.join(TARGET_KEYS)}, but got {_described(batch)}. Pass `target_fn`, which takes a batch and returns "
@@ -90,9 +94,13 @@ def _default_targets(batch: Any) -> Any:
     )
 
 
-def _named_parts(batch: Any) -> Mapping[str, Any]:
-    """The entries of a dictionary, a dataclass or the like."""
-    return batch if isinstance(batch, Mapping) else getattr(batch, "__dict__", {})
+def _has(batch: Any, key: str) -> bool:
+    """Whether a dictionary, a dataclass or the like has an entry."""
+    return key in batch if isinstance(batch, Mapping) else hasattr(batch, key)
+
+
+def _entry(batch: Any, key: str) -> Any:
+    return batch[key] if isinstance(batch, Mapping) else getattr(batch, key)
 
 
 def _described(batch: Any) -> str:

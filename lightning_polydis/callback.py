@@ -13,8 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_polydis._checks import InputError, check_bool, check_positive_int
-from lightning_polydis._epoch import AnalysedEpoch, check_dataloader
+from lightning_polydis._checks import InputError, check_bool, check_place_or_key, check_positive_int
+from lightning_polydis._epoch import AnalysedEpoch
 from lightning_polydis._failures import guarded, in_lightnings_words
 from lightning_polydis._outputs import Outputs, split_trained
 from lightning_polydis._preparation import RunPreparation
@@ -157,7 +157,7 @@ class ChannelDisentanglement(Callback):
                 describe_fn=describe_fn,
             )
             check_positive_int("every_n_epochs", every_n_epochs)
-            check_dataloader(dataloader)
+            check_place_or_key("dataloader", dataloader)
             for name, value in (("split", split), ("strict", strict), ("embeddings", embeddings)):
                 check_bool(name, value)
             if split and calibration_samples == 0:

@@ -246,9 +246,17 @@ def fingerprints(weight: Tensor, channels: Sequence[int]) -> list[list[float]]:
     Args:
         weight: Of a layer, ``[C, I, ...]``.
         channels: Which channels.
+
+    Returns:
+        At most `FINGERPRINT` weights of each of those channels.
+
+    Example:
+        >>> fingerprints(torch.arange(20.0).view(2, 10), [1])
+        [[10.0, 11.0, 12.0, 13.0, 15.0, 16.0, 17.0, 19.0]]
     """
     rows = weight.detach()[list(channels)].flatten(1)
-    places = torch.linspace(0, rows.shape[1] - 1, min(rows.shape[1], FINGERPRINT), dtype=torch.float64).long()
+    n_weights, n_kept = rows.shape[1], min(rows.shape[1], FINGERPRINT)
+    places = [place * (n_weights - 1) // max(n_kept - 1, 1) for place in range(n_kept)]
     found: list[list[float]] = rows[:, places].tolist()
     return found
 

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 GPU_ELEMENTS = 2**25
 """Elements that a GPU works on together, of 128 MiB: it waits for the next step more than for its memory."""
 
-CPU_ELEMENTS, LIGHT = 2**18, 2**22
-"""Elements that a CPU works on together where an image takes so few multiplications that the steps weigh more."""
+CPU_ELEMENTS = 2**18
+"""Elements that a CPU works on together for light layers, of 1 MiB, which stays in its cache."""
+
+LIGHT = 2**22
+"""Multiplications of one image and all channels up to which a layer is light: more steps would take longer."""
 
 
 def elements_at_once(device: torch.device, on_a_cpu: int) -> int:
@@ -69,9 +72,7 @@ def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, imag
     inputs, flat = inputs.to(dtype), flat.to(dtype)
     found = flat.new_empty(len(images), inputs_per_channel(layer))
     counts = torch.bincount(images, minlength=len(inputs)).tolist()
-    is_light = by_offset.numel() * flat.shape[2] <= LIGHT  # else image by image on a CPU, and only the wanted channels
-    size = max(1, elements_at_once(found.device, CPU_ELEMENTS if is_light else 1) // by_offset[0].numel())
-    end = 0
+    size, end = _images_at_once(by_offset, inputs[0].numel(), flat.shape[2]), 0
     for start in range(0, len(inputs), size):
         together = slice(start, start + size)
         begin, end = end, end + sum(counts[together])
@@ -79,6 +80,13 @@ def source_relevances(layer: LinearLayer, inputs: Tensor, gradient: Tensor, imag
             own = inputs[together], flat[together], images[begin:end] - start, channels[begin:end]
             _fill(layer, *own, by_offset, found[begin:end])
     return found
+
+
+def _images_at_once(by_offset: Tensor, n_read: int, n_positions: int) -> int:
+    """How many images are worked on together; on a CPU one of a heavy layer, and its wanted channels only."""
+    is_light = by_offset.numel() * n_positions <= LIGHT
+    n_elements = elements_at_once(by_offset.device, CPU_ELEMENTS if is_light else 1)
+    return max(1, n_elements // max(by_offset[0].numel(), n_read))
 
 
 def _fill(

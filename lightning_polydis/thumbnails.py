@@ -88,7 +88,7 @@ def thumbnails(images: Tensor, side: int, denormalize: Callable[[Tensor], Tensor
     if not images.is_cuda or max(images.shape[2:]) > MAX_SHRINK * side:  # other devices may not have antialiasing
         images = images.cpu()
     if callable(denormalize):
-        shown = at_most(side, _own(images.cpu(), denormalize))
+        shown = at_most(side, _own(images.cpu().clone(), denormalize))  # it may work in place
     else:  # what is the same for all pixels of an image costs less on few of them
         shown = _between_0_and_1(at_most(side, images.float()), images, denormalize)
     return (255 * shown.clamp(0, 1)).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous().cpu()

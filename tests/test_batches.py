@@ -18,7 +18,7 @@ def trained():
     return train_briefly(conv_relu_net())
 
 
-@dataclass
+@dataclass(slots=True)
 class Batch:
     images: torch.Tensor
     y: torch.Tensor

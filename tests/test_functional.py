@@ -359,7 +359,7 @@ def test_classes_without_images_and_a_single_class_are_reported(trained):
     images, targets = make_images()
     settings = {**SETTINGS, "similarity_threshold": 1.0}
     some = find_polysemantic_channels(trained, [(images[targets < 3], targets[targets < 3])], "2", **settings)
-    assert some.notes == ["1 of 4 classes had no images and were left out."]
+    assert some.notes == ["1 of 4 classes had no images and was left out."]
     assert some.pairs
     assert all(pair.class_b < 3 for pair in some.pairs)
     one = find_polysemantic_channels(trained, [(images[targets == 2], targets[targets == 2])], "2", **SETTINGS)

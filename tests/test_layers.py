@@ -11,6 +11,7 @@ from lightning_polydis.layers import (
     channel_outputs,
     find_layer,
     flat_weight,
+    is_finite,
     padded,
     plain_copy,
     reads_padding,
@@ -195,3 +196,16 @@ def test_a_model_without_any_layer_says_none():
 def test_find_layer_returns_the_layer_itself():
     net = conv_relu_net()
     assert find_layer(net, "2") is net[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_value_among_many_is_noticed(dtype, bad):
+    values = torch.randn(7, 33).to(dtype).T[::2]
+    assert is_finite(values)
+    values[3, 5] = bad
+    assert not is_finite(values)
+
+
+def test_nothing_is_finite():
+    assert is_finite(torch.empty(0, 3))

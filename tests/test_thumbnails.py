@@ -135,6 +135,13 @@ def test_bad_denormalize(value, message):
         check_denormalize(value)
 
 
+def test_a_function_may_work_in_place():
+    images = torch.rand(2, 3, 5, 4)
+    before = images.clone()
+    thumbnails(images, 96, lambda own: own.mul_(0.5))
+    assert torch.equal(images, before)
+
+
 def test_failing_functions():
     def fails(images):
         raise KeyError("mean")

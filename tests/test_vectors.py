@@ -194,3 +194,17 @@ def test_reset_forgets_everything():
     for channel in range(N_CHANNELS):
         classes = first.classes(channel)
         assert torch.equal(again.means(channel, classes), first.means(channel, classes))
+
+
+@pytest.mark.parametrize("room", [1, 4], ids=["all rows used", "a quarter used"])
+def test_rows_that_are_not_used_are_let_go_and_nothing_else(room):
+    data = _, sources, targets = stream(num_classes=2)
+    vectors = run(2 * N_CHANNELS * room, data, num_classes=2 * room)
+    vectors.trim()
+    assert [len(state[0]) for state in (vectors.keys, vectors.sums, vectors.counts)] == [2 * N_CHANNELS] * 3
+    found = vectors.compute()
+    for label in range(2):
+        sums, counts = found.groups(3, [label])
+        expected, numbers = expected_groups(sources, targets, label, 3)
+        torch.testing.assert_close(sums[0], expected, rtol=1e-5, atol=1e-5)
+        assert counts[0].tolist() == numbers
