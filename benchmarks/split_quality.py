@@ -148,14 +148,14 @@ def report_pairs(label: str, qualities: dict[str, list[SplitQuality]]) -> None:
     for method, found in qualities.items():
         columns = [spread(values(found, name)) for name in (*FIGURES[:3], "kept", "residual", "auroc")]
         print(f"| {label} | {method} | {' | '.join(columns)} |")
-    theirs, ours = qualities["paper"], qualities["optimized"]
-    ratios = {
-        name: np.nanmedian(values(ours, name)) / np.nanmedian(values(theirs, name)) for name in ("fidelity", "spurious")
-    }
-    gain = np.nanmedian(values(ours, "auroc")) - np.nanmedian(values(theirs, "auroc"))
+    names = ("fidelity", "spurious", "auroc")
+    theirs, ours = (
+        {name: np.nanmedian(values(qualities[method], name)) for name in names} for method in ("paper", "optimized")
+    )
     print(
-        f"  optimized / paper: distortion + leak {ratios['fidelity']:.2f}, spurious {ratios['spurious']:.3f}; "
-        f"AUROC {gain:+.3f}",
+        f"  optimized / paper: distortion + leak {ours['fidelity']:.3g} / {theirs['fidelity']:.3g} = "
+        f"{ours['fidelity'] / theirs['fidelity']:.2f}, spurious {ours['spurious'] / theirs['spurious']:.3f}; "
+        f"AUROC {ours['auroc'] - theirs['auroc']:+.3f}",
         flush=True,
     )
 

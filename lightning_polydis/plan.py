@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_polydis._checks import InputError
 from lightning_polydis._files import parse, read_json, write_json
+from lightning_polydis._text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -269,7 +270,7 @@ def warn_of_other_weights(plan: SplitPlan, weights: Mapping[str, Tensor]) -> Non
         weights: Weight of each of its layers.
     """
     counts = {name: _n_chosen_for_others(plan.of_layer(name), weight) for name, weight in weights.items()}
-    found = [f"{count} of the channels to split in layer `{name}`" for name, count in counts.items() if count]
+    found = [f"{counted(count, 'channel')} of layer `{name}`" for name, count in counts.items() if count]
     if found:
         rank_zero_warn(
             f"Expected the weights that the plan was chosen for, but got others in {', '.join(found)}. The network's "

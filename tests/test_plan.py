@@ -203,12 +203,12 @@ def test_a_plan_for_other_weights_is_noticed_once(chosen):
     net, plan = chosen
     texts, split = told(lambda: disentangle(with_other_weights(net, "2"), plan))
     assert len(texts) == 1
-    assert "got others in 2 of the channels to split in layer `2`. The network's output stays" in texts[0]
+    assert "got others in 2 channels of layer `2`. The network's output stays" in texts[0]
     assert "Analyse this network" in texts[0]
     assert stored_plan(split).layers == LAYERS, "it is applied all the same"
     texts, _ = told(lambda: disentangle(with_other_weights(net, *LAYERS), plan))
     assert len(texts) == 1
-    assert "2 of the channels to split in layer `2`, 1 of the channels to split in layer `4`." in texts[0]
+    assert "2 channels of layer `2`, 1 channel of layer `4`." in texts[0]
     texts, _ = told(lambda: disentangle(with_other_weights(net, "0", "8"), plan))
     assert texts == [], "of layers that are not split nothing is known"
 
@@ -284,7 +284,7 @@ def test_split_again_after_undo_and_further_channels(chosen):
     split[4] = split[4].undo()
     assert told(lambda: disentangle(split, plan))[0] == []
     other = disentangle(with_other_weights(net, "2"), SplitPlan([ChannelSplit("2", 7, [[0], [1]], torch.ones(2, 8))]))
-    assert "2 of the channels to split in layer `2`." in told(lambda: disentangle(other, plan))[0][0]
+    assert "2 channels of layer `2`." in told(lambda: disentangle(other, plan))[0][0]
 
 
 def test_further_channels_of_a_grouped_convolution_are_found_in_their_group():
@@ -309,4 +309,4 @@ def test_a_state_dict_with_other_weights_is_noticed(chosen):
     assert told(lambda: split_state_dict(net.state_dict(), plan))[0] == []
     texts, _ = told(lambda: split_state_dict(with_other_weights(net, "4").state_dict(), plan))
     assert len(texts) == 1
-    assert "1 of the channels to split in layer `4`." in texts[0]
+    assert "1 channel of layer `4`." in texts[0]
