@@ -272,6 +272,10 @@ class ChannelAnalysis:
         for name, record in records.items():
             n_channels, device = record.relevance.shape[1], record.relevance.device
             n_inputs = inputs_per_channel(self._layers[name])
+            if n_inputs == 1:
+                self._note(
+                    f"Each channel of `{name}` reads a single input, so similarities are 1 or -1 and say little."
+                )
             optimized = self._settings.method == "optimized"
             windows = None if optimized else tuple(record.seen.sums.shape[1:])
             thresholds = self._settings.relevance_thresholds

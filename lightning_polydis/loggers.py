@@ -215,7 +215,7 @@ def _overview_table(report: PolysemanticityReport, layer: str, qualities: Sequen
         lines += ["", _line(columns), _line(["---"] * len(columns))]
     for found, row in zip(own, rows, strict=False):
         lines.append(_line([_cell(report, found) if place == 1 else value for place, value in enumerate(row)]))
-    lines += [f"\n{len(own) - len(rows)} more in `report.json`."] if len(rows) < len(own) else []
+    lines += [f"\n{len(own) - len(rows)} more in the report."] if len(rows) < len(own) else []
     return LogTable(columns, rows, "\n".join(lines))
 
 

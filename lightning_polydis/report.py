@@ -198,7 +198,10 @@ class PolysemanticityReport:
             ValueError: If concepts are clusters, whose settings are the same for all layers.
         """
         if self.has_clusters:
-            raise InputError("`suggest_settings` is about classes, and this report's concepts are clusters.")
+            raise InputError(
+                "`suggest_settings` is about classes, and this report's concepts are clusters, whose settings are the same "
+                "for all layers. More images, of more kinds, show more of them."
+            )
         return suggest_settings(self.sweeps, self.settings)
 
     def judge(self) -> None:

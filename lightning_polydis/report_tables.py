@@ -33,7 +33,7 @@ def markdown_table(report: PolysemanticityReport, max_rows: int | None) -> str:
         shown = rows if max_rows is None else rows[:max_rows]
         lines += ["", _markdown_row(header), _markdown_row(["---"] * len(header))]
         lines += [_markdown_row([cell.replace("|", "\\|") for cell in row]) for row in shown]
-        lines += [f"\n{len(rows) - len(shown)} more in `report.json`."] if len(shown) < len(rows) else []
+        lines += [f"\n{len(rows) - len(shown)} more in the report."] if len(shown) < len(rows) else []
         lines += [] if report.known_quality else ["\nThe quality of the splits was not measured."]
     return "\n".join(lines)
 

@@ -368,6 +368,18 @@ def test_classes_without_images_and_a_single_class_are_reported(trained):
     assert one.scalars()["polydis/2/mean_cosine"] == 1
 
 
+def test_channels_that_read_a_single_input_are_noted():
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    batch = torch.rand(12, 1, 6, 6), torch.arange(12) % 3
+    with pytest.warns(UserWarning, match="Each channel of `0` reads a single input"):
+        report = find_polysemantic_channels(net, [batch], "0", progress=False)
+    assert sum("single input" in note for note in report.notes) == 1
+    # ... and where there are several, nothing is said
+    wide = nn.Sequential(nn.Conv2d(2, 6, 3), *net[1:])
+    batch = torch.rand(12, 2, 6, 6), torch.arange(12) % 3
+    assert not any("single input" in note for note in find_polysemantic_channels(wide, [batch], "0").notes)
+
+
 def test_a_layer_that_folds_positions_into_the_batch_is_refused_in_words():
     class Windows(nn.Module):
         def __init__(self):

@@ -105,7 +105,7 @@ def test_the_table_breaks_concepts_into_lines_and_cuts_names(tmp_path):
     (text,) = texts_of(events_of(logger), f"{PREFIX}/overview")
     rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert len(rows) == 20
-    assert "5 more in `report.json`." in text
+    assert "5 more in the report." in text
     cells = [row.replace("\\|", "").split("|")[2].strip().split("<br>") for row in rows]
     assert {len(lines) for lines in cells} == {2}
     assert max(len(line) for lines in cells for line in lines) <= 36 + len("&lt;&gt;")

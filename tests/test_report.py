@@ -134,7 +134,7 @@ def test_markdown_is_a_table_whatever_the_class_names(report):
     assert len(table) == 2 + len(report.channels)
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1
     short = report.to_markdown(max_rows=2)
-    assert f"{len(report.channels) - 2} more in `report.json`." in short
+    assert f"{len(report.channels) - 2} more in the report." in short
     assert len([line for line in short.splitlines() if line.startswith("|")]) == 4
 
 
