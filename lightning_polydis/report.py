@@ -199,8 +199,8 @@ class PolysemanticityReport:
         """
         if self.has_clusters:
             raise InputError(
-                "`suggest_settings` is about classes, and this report's concepts are clusters, whose settings are the same "
-                "for all layers. More images, of more kinds, show more of them."
+                "`suggest_settings` is about classes, and this report's concepts are clusters, whose settings are the "
+                "same for all layers. More images, of more kinds, show more of them."
             )
         return suggest_settings(self.sweeps, self.settings)
 
