@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
 from lightning_polydis._text import images_left_out
-from lightning_polydis.batches import check_module_name, collector_for, targets_of
+from lightning_polydis.batches import check_module_name, collector_for, images_of, targets_of
 from lightning_polydis.collection import LayerRecord, RelevanceCollector
 from lightning_polydis.discovery import LayerDiscovery
 from lightning_polydis.forward import full_precision
@@ -33,7 +33,7 @@ from lightning_polydis.settings import MEBIBYTE
 from lightning_polydis.sources import elements_at_once, source_relevances
 from lightning_polydis.statistics import CalibrationSamples, ChannelStatistics, relevant_channels
 from lightning_polydis.summary import LayerSummary
-from lightning_polydis.thumbnails import images_of, thumbnail_side, thumbnails
+from lightning_polydis.thumbnails import thumbnail_side, thumbnails
 from lightning_polydis.vectors import RelevanceVectors
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError, closest_names
 from lightning_polydis.collection import RelevanceCollector
-from lightning_polydis.thumbnails import IMAGE_KEYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lightning_polydis.settings import AnalysisSettings
 
+IMAGE_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x")
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 
 
@@ -36,19 +36,37 @@ def inputs_of(batch: Any) -> Any:
         >>> inputs_of({"image": 1, "label": 2}), inputs_of((1, 2))
         (1, 1)
     """
-    if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, Sequence) and len(batch) and not isinstance(batch, str):
-        return batch[0]
-    for key in IMAGE_KEYS:
-        if _has(batch, key):
-            return _entry(batch, key)
+    found = _input_of(batch)
+    if found is not None:
+        return found
     raise InputError(
         "Expected a batch to be (inputs, targets, ...), a tensor of inputs, or a dictionary or dataclass with one of "
         f"the entries {', '.join(IMAGE_KEYS)}, but got {_described(batch)}. Turn yours into pairs: "
         "`((batch['picture'], batch['species']) for batch in loader)`, or use the callback, which takes what "
         "`validation_step` takes."
     )
+
+
+def images_of(batch: Any) -> Tensor | None:
+    """The images of a batch, ``[B, 1, H, W]`` or ``[B, 3, H, W]``; `None` if there seem to be none."""
+    found = _input_of(batch)
+    return found if isinstance(found, Tensor) and found.ndim == 4 and found.shape[1] in (1, 3) else None
+
+
+def _input_of(batch: Any) -> Any:
+    """The network's input, `None` if it cannot be found."""
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Sequence) and len(batch) and not isinstance(batch, str):
+        return batch[0]
+    return _named_entry(batch, IMAGE_KEYS)
+
+
+def _named_entry(batch: Any, keys: Sequence[str]) -> Any:
+    """The first of some entries that a dictionary, a dataclass or the like has; `None` if it has none of them."""
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in keys if key in batch), None)
+    return next((getattr(batch, key) for key in keys if hasattr(batch, key)), None)
 
 
 def targets_of(batch: Any, settings: AnalysisSettings) -> Tensor:
@@ -84,23 +102,14 @@ def _own_targets(batch: Any, target_fn: Callable[[Any], Any]) -> Any:
 def _default_targets(batch: Any) -> Any:
     if isinstance(batch, Sequence) and len(batch) >= 2 and not isinstance(batch, str):
         return batch[1]
-    for key in TARGET_KEYS:
-        if _has(batch, key):
-            return _entry(batch, key)
+    found = _named_entry(batch, TARGET_KEYS)
+    if found is not None:
+        return found
     raise InputError(
         "Expected a batch to be (inputs, targets, ...), or a dictionary or dataclass with one of the entries "
         f"{', '.join(TARGET_KEYS)}, but got {_described(batch)}. Pass `target_fn`, which takes a batch and returns "
         "class indices; where there are no labels, `concepts='clusters'` needs none."
     )
-
-
-def _has(batch: Any, key: str) -> bool:
-    """Whether a dictionary, a dataclass or the like has an entry."""
-    return key in batch if isinstance(batch, Mapping) else hasattr(batch, key)
-
-
-def _entry(batch: Any, key: str) -> Any:
-    return batch[key] if isinstance(batch, Mapping) else getattr(batch, key)
 
 
 def _described(batch: Any) -> str:

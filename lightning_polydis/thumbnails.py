@@ -15,7 +15,6 @@ from lightning_polydis._checks import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-IMAGE_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x")
 LARGEST, SMALLEST, UNCOUNTED = 96, 32, 48
 """Longest side of a thumbnail, in pixels: where there is room for such, where there is hardly any, and where nobody
 knows how many images there will be."""
@@ -38,20 +37,6 @@ def to_exchange(pictures: Tensor) -> Tensor:
 def exchanged(pictures: Tensor) -> Tensor:
     """Thumbnails as they were before `to_exchange`."""
     return pictures.new_empty(len(pictures), 3, 0, 0) if pictures.shape[2:] == NOTHING else pictures
-
-
-def images_of(batch: Any) -> Tensor | None:
-    """The images of a batch, ``[B, 1, H, W]`` or ``[B, 3, H, W]``; `None` if there seem to be none."""
-    found: Any
-    if isinstance(batch, Tensor):
-        found = batch
-    elif isinstance(batch, Mapping):
-        found = next((batch[key] for key in IMAGE_KEYS if key in batch), None)
-    elif isinstance(batch, Sequence) and len(batch) and not isinstance(batch, str):
-        found = batch[0]
-    else:
-        found = next((getattr(batch, key) for key in IMAGE_KEYS if hasattr(batch, key)), None)
-    return found if isinstance(found, Tensor) and found.ndim == 4 and found.shape[1] in (1, 3) else None
 
 
 def thumbnail_side(n_images: int | None, memory: float) -> int:

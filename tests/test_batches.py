@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_polydis import evaluate_splits, find_polysemantic_channels
+from lightning_polydis.batches import images_of
 from tests.networks import conv_relu_net, make_batches, make_images, train_briefly
 
 SETTINGS = {"relevance_threshold": 0.05, "class_fraction": 0.5, "similarity_threshold": 0.9, "progress": False}
@@ -88,3 +89,31 @@ def test_bad_batches_are_refused_in_words(trained, batches, message, layers):
     assert net.training
     assert torch.is_grad_enabled()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+IMAGES = torch.rand(2, 3, 5, 4)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        IMAGES,
+        (IMAGES, 1),
+        [IMAGES],
+        {"pixel_values": IMAGES, "labels": 1},
+        {"image": IMAGES},
+        Batch(IMAGES, torch.zeros(2)),
+    ],
+    ids=["tensor", "tuple", "list", "huggingface", "dictionary", "dataclass"],
+)
+def test_images_are_found(batch):
+    assert images_of(batch) is IMAGES
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [(torch.rand(2, 7), 1), (torch.rand(2, 4, 5, 5),), {"x": [1]}, "text", (), None],
+    ids=["features", "four colours", "list", "text", "empty", "nothing"],
+)
+def test_what_is_no_image_is_none(batch):
+    assert images_of(batch) is None

@@ -1,5 +1,3 @@
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
@@ -11,7 +9,6 @@ from lightning_polydis.thumbnails import (
     UNCOUNTED,
     check_denormalize,
     exchanged,
-    images_of,
     normalisation_of,
     thumbnail_side,
     thumbnails,
@@ -19,40 +16,7 @@ from lightning_polydis.thumbnails import (
 )
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass
-class Batch:
-    image: torch.Tensor
-    label: torch.Tensor
-
-
 IMAGES = torch.rand(2, 3, 5, 4)
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [
-        IMAGES,
-        (IMAGES, 1),
-        [IMAGES],
-        {"pixel_values": IMAGES, "labels": 1},
-        {"image": IMAGES},
-        Batch(IMAGES, torch.zeros(2)),
-    ],
-    ids=["tensor", "tuple", "list", "huggingface", "dictionary", "dataclass"],
-)
-def test_images_are_found(batch):
-    assert images_of(batch) is IMAGES
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [(torch.rand(2, 7), 1), (torch.rand(2, 4, 5, 5),), {"x": [1]}, "text", (), None],
-    ids=["features", "four colours", "list", "text", "empty", "nothing"],
-)
-def test_what_is_no_image_is_none(batch):
-    assert images_of(batch) is None
 
 
 def test_values_between_0_and_1_are_taken_as_they_are():

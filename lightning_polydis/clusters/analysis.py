@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_polydis._checks import InputError
 from lightning_polydis._text import counted, images_left_out
-from lightning_polydis.batches import check_module_name, labels_of
+from lightning_polydis.batches import check_module_name, images_of, labels_of
 from lightning_polydis.clusters.evidence import ClusterEvidence
 from lightning_polydis.clusters.finding import MIN_IMAGES
 from lightning_polydis.clusters.pool import InputPool
@@ -32,7 +32,6 @@ from lightning_polydis.processes import cpu_group, everyones, is_distributed, le
 from lightning_polydis.report import PolysemanticityReport
 from lightning_polydis.settings import MEBIBYTE
 from lightning_polydis.summary import LayerSummary
-from lightning_polydis.thumbnails import images_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
